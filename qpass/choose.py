@@ -1,0 +1,182 @@
+"""Turn a plan and its statistics into numbers: scale and zero point of every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.calibrate.observers import TensorStats
+from qpass.calibrate.ranges import RangeChoice, solve_range
+from qpass.errors import InternalError
+from qpass.graph import Graph, array_of
+from qpass.plan import Decision, Plan
+from qpass.qparams import QParams, TensorSpec, channel_range, choose_qparams
+
+Array = NDArray[Any]
+
+# int32 biases keep a factor of two to the end of the range: the accumulator needs room as well.
+BIAS_LIMIT: Final = 2.0**30
+# Weight ranges that `mse` tries, as shares of the largest magnitude.
+WEIGHT_SHARES: Final = np.linspace(0.6, 1.0, 41)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QTable:
+    """Numbers for the decisions of a plan, by decision key."""
+
+    qparams: Mapping[str, QParams]
+    ranges: Mapping[str, RangeChoice]
+
+
+def importance(graph: Graph, decision: Decision) -> Array | None:
+    """Return, per channel of an activation, how strongly its error shows behind the linear ops.
+
+    ``importance[c] = sum over the readers of |W[c, :]|^2``, float64: white noise of variance v on
+    channel c adds v * importance[c] to the summed squared error of their outputs. None where a
+    reader is not a linear op with constant weights or the channels do not line up.
+    """
+    tensor = graph.tensors()[decision.tensor]
+    total: Array | None = None
+    for node, index in graph.consumers(tensor):
+        if index != 0 or node.op not in ("Conv", "Gemm", "MatMul"):
+            continue
+        weight = node.inputs[1]
+        if weight.inputs or not hasattr(weight, "_values") or len(weight.shape) < 2:
+            continue
+        squares = np.square(array_of(weight).astype(np.float64))
+        if node.op == "Conv":
+            groups = int(node.attrs.get("group", 1))
+            shape = (groups, squares.shape[0] // groups, *squares.shape[1:])
+            power = squares.reshape(shape).sum(axis=(1, *range(3, len(shape)))).ravel()
+        elif node.op == "Gemm" and node.attrs.get("transB", 0):
+            power = squares.sum(axis=0)
+        else:
+            power = squares.sum(axis=-1)
+            power = power.sum(axis=tuple(range(power.ndim - 1)))
+        if total is not None and total.shape != power.shape:
+            return None
+        total = power if total is None else total + power
+    return total
+
+
+def choose_qtable(
+    graph: Graph,
+    plan: Plan,
+    stats: Mapping[str, TensorStats],
+    *,
+    method: str = "auto",
+    round_method: str = "rtn",
+) -> QTable:
+    """Choose the numbers of every decision.
+
+    Args:
+        graph: the float graph that was calibrated.
+        plan: decisions.
+        stats: statistics by tensor name.
+        method: minmax, percentile, entropy, mse or auto, for activations.
+        round_method: `mse` searches the weight range, everything else takes the largest magnitude.
+    """
+    qparams: dict[str, QParams] = {}
+    ranges: dict[str, RangeChoice] = {}
+    groups: dict[str, list[Decision]] = {}
+    for decision in plan.activations():
+        groups.setdefault(decision.group or f"\0{decision.key}", []).append(decision)
+    for members in groups.values():
+        choices = [_activation_range(d, stats, method) for d in members]
+        low, high = min(c.low for c in choices), max(c.high for c in choices)
+        for decision, choice in zip(members, choices, strict=True):
+            qparams[decision.key] = choose_qparams(decision.spec, low, high)
+            ranges[decision.key] = choice
+    tensors = graph.tensors()
+    for decision in plan.weights():
+        values = array_of(tensors[decision.tensor])
+        if decision.kind == "weight" and round_method == "mse":
+            low_array, high_array = solve_weight_range(values, decision.spec)
+        else:
+            low_array, high_array = weight_range(values, decision.spec)
+        qparams[decision.key] = choose_qparams(decision.spec, low_array, high_array)
+    _leave_room_for_biases(graph, plan, qparams)
+    return QTable(qparams=qparams, ranges=ranges)
+
+
+def _activation_range(
+    decision: Decision, stats: Mapping[str, TensorStats], method: str
+) -> RangeChoice:
+    if decision.pinned is not None:
+        return RangeChoice(low=decision.pinned[0], high=decision.pinned[1], method="user", mse=0.0)
+    if decision.tensor not in stats:
+        raise InternalError(f"no statistics of {decision.tensor}")
+    return solve_range(stats[decision.tensor], decision.spec, method)
+
+
+def weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
+    """Return the minimum and maximum of a weight for each of its scales, float64."""
+    if spec.granularity != "per_block":
+        return channel_range(values, spec.axis)
+    assert spec.axis is not None
+    assert spec.block_size is not None
+    axis = spec.axis % values.ndim
+    starts = np.arange(0, values.shape[axis], spec.block_size)
+    low = np.minimum.reduceat(values, starts, axis=axis).astype(np.float64)
+    return low, np.maximum.reduceat(values, starts, axis=axis).astype(np.float64)
+
+
+def solve_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
+    """Return the per-scale range with the smallest squared rounding and clipping error, float64.
+
+    Tries `WEIGHT_SHARES` of the min/max range (the search that QDrop and BRECQ begin with).
+    """
+    low, high = weight_range(values, spec)
+    if spec.granularity == "per_block":
+        return low, high
+    axis = None if spec.axis is None else spec.axis % values.ndim
+    rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0)
+    rows = rows.reshape(rows.shape[0], -1).astype(np.float64)
+    row_spec = spec if axis is None else replace(spec, axis=0)
+    best = np.full(rows.shape[0], np.inf)
+    share = np.ones(rows.shape[0])
+    for candidate in WEIGHT_SHARES[::-1]:
+        trial = choose_qparams(row_spec, np.ravel(low) * candidate, np.ravel(high) * candidate)
+        scale = np.atleast_1d(trial.scale).astype(np.float64)[:, None]
+        zero = np.atleast_1d(trial.zero_point).astype(np.float64)[:, None]
+        q = np.clip(np.rint(rows / scale) + zero, trial.qmin, trial.qmax)
+        error = np.square((q - zero) * scale - rows).sum(axis=1)
+        better = error < best
+        best, share = np.where(better, error, best), np.where(better, candidate, share)
+    if axis is None:
+        return low * share[0], high * share[0]
+    return low * share, high * share
+
+
+def _leave_room_for_biases(graph: Graph, plan: Plan, qparams: dict[str, QParams]) -> None:
+    """Raise the weight scale of channels whose int32 bias would not fit.
+
+    The bias is stored as round(b / (x_scale * w_scale)). A channel with tiny weights and a large
+    bias would overflow; onnxruntime then changes the weights by itself (microsoft/onnxruntime
+    pull request 21645), so the choice is made here.
+    """
+    inputs = {
+        (edge.node, edge.index): decision.key
+        for decision in plan.decisions
+        for edge in decision.edges or ()
+    }
+    resident = {d.tensor: d.key for d in plan.activations() if d.edges is None}
+    for node in graph.nodes:
+        if node.op not in ("Conv", "Gemm") or len(node.inputs) < 3 or not node.inputs[2].name:
+            continue
+        weight_key = inputs.get((node.name, 1))
+        input_key = inputs.get((node.name, 0), resident.get(node.inputs[0].name))
+        bias = node.inputs[2]
+        if weight_key is None or input_key is None or not hasattr(bias, "_values"):
+            continue
+        weight, x_scale = qparams[weight_key], float(qparams[input_key].scale)
+        floor = np.abs(array_of(bias).astype(np.float64)) / (x_scale * BIAS_LIMIT)
+        if weight.scale.ndim == 0:
+            floor = np.asarray(floor.max(initial=0.0))
+        scale = np.maximum(weight.scale, np.nextafter(floor.astype(np.float32), np.float32(np.inf)))
+        if weight.scale.shape == scale.shape and (scale > weight.scale).any():
+            qparams[weight_key] = replace(weight, scale=scale)

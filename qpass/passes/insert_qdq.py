@@ -1,0 +1,146 @@
+"""Insert Q and DQ as a plan and its numbers say: the only step from float to integers.
+
+What it does
+    Activations get QuantizeLinear and DequantizeLinear, on the edges that the plan lists or behind
+    the producer for all readers. Constants become integers with a DequantizeLinear.
+Why it is correct
+    It decides nothing: where, which kind and which numbers come from `Plan` and `QTable`. Original
+    tensor names stay on the float side of Q, so that both graphs can be compared layer by layer;
+    names of graph outputs stay on the graph outputs.
+Preconditions
+    The graph is the one that the plan was made for, without Q or DQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from qpass.errors import InternalError
+from qpass.graph import Constant, Graph, Node, Tensor, array_of
+from qpass.plan import Decision, Plan
+from qpass.qparams import QParams, quantize
+from qpass.report.model import PassReport
+
+CHUNK_ELEMENTS = 1 << 24  # weights are quantized in pieces of this many elements
+
+
+def insert_qdq(graph: Graph, plan: Plan, qparams: Mapping[str, QParams]) -> PassReport:
+    """Insert every decision of `plan` into `graph`; `changed` counts the tensors."""
+    tensors = graph.tensors()
+    nodes = {node.name: node for node in graph.nodes}
+    quantized: dict[str, Constant] = {}
+    for decision in plan.decisions:
+        numbers, tensor = qparams[decision.key], tensors[decision.tensor]
+        if decision.kind == "activation":
+            _insert_pair(graph, nodes, decision, tensor, numbers)
+        else:
+            _insert_constant(graph, nodes, decision, tensor, numbers, quantized)
+    graph.remove_unused()
+    return PassReport(name="insert_qdq", changed=len(plan.decisions))
+
+
+def scale_and_zero_point(graph: Graph, name: str, numbers: QParams) -> tuple[Constant, Constant]:
+    """Make the constants of one pair."""
+    scale = graph.constant(f"{name}_scale", numbers.scale)
+    return scale, graph.constant(f"{name}_zero_point", numbers.zero_point)
+
+
+def dequantize_node(graph: Graph, source: Tensor, out: Tensor, numbers: QParams, name: str) -> Node:
+    """Make the DequantizeLinear from `source` to `out`; the axis is always written."""
+    attrs = {} if numbers.axis is None else {"axis": numbers.axis}
+    if numbers.block_size is not None:
+        attrs["block_size"] = numbers.block_size
+    scale, zero_point = scale_and_zero_point(graph, name, numbers)
+    return graph.make(
+        "DequantizeLinear",
+        [source, scale, zero_point],
+        [out],
+        name=f"{name}_DequantizeLinear",
+        attrs=attrs,
+    )
+
+
+def _insert_pair(
+    graph: Graph, nodes: Mapping[str, Node], decision: Decision, tensor: Tensor, numbers: QParams
+) -> None:
+    readers = (
+        graph.consumers(tensor)
+        if decision.edges is None
+        else [(nodes[edge.node], edge.index) for edge in decision.edges]
+    )
+    for node, index in readers:
+        if node.inputs[index] is not tensor:
+            raise InternalError(f"{node.name} does not read {tensor.name}: the plan is stale")
+    producer = graph.producer(tensor)
+    keep_name = decision.edges is None and graph.is_output(tensor) and producer is not None
+    restored = graph.variable(f"{decision.key}_dequantized", tensor.dtype, tensor.shape)
+    if keep_name:  # the graph output is what DQ returns; the float tensor gets a new name
+        assert producer is not None
+        floating = graph.variable(f"{decision.key}_float", tensor.dtype, tensor.shape)
+        slot = next(i for i, out in enumerate(producer.outputs) if out is tensor)
+        graph.set_output(producer, slot, floating)
+        tensor, restored = floating, tensor
+    stored = graph.variable(
+        f"{decision.key}_quantized", np.dtype(numbers.storage.numpy), tensor.shape
+    )
+    scale, zero_point = scale_and_zero_point(graph, decision.key, numbers)
+    q = graph.make(
+        "QuantizeLinear",
+        [tensor, scale, zero_point],
+        [stored],
+        name=f"{decision.key}_QuantizeLinear",
+    )
+    dq = dequantize_node(graph, stored, restored, numbers, decision.key)
+    for node, index in readers:
+        graph.set_input(node, index, restored)
+    if producer is not None:
+        graph.add(dq, after=producer)
+        graph.add(q, after=producer)
+    else:
+        anchor = graph.nodes[0]
+        graph.add(q, before=anchor)
+        graph.add(dq, before=anchor)
+
+
+def _insert_constant(
+    graph: Graph,
+    nodes: Mapping[str, Node],
+    decision: Decision,
+    tensor: Tensor,
+    numbers: QParams,
+    quantized: dict[str, Constant],
+) -> None:
+    assert decision.edges is not None
+    readers = [(nodes[edge.node], edge.index) for edge in decision.edges]
+    stored = quantized[decision.key] = graph.constant(
+        f"{decision.key}_quantized", quantize_in_chunks(tensor, numbers)
+    )
+    for node, index in readers:
+        restored = graph.variable(f"{decision.key}_dequantized", np.dtype(np.float32), tensor.shape)
+        graph.add(dequantize_node(graph, stored, restored, numbers, decision.key), before=node)
+        graph.set_input(node, index, restored)
+
+
+def quantize_in_chunks(tensor: Constant, numbers: QParams) -> np.ndarray:
+    """Quantize a constant; large ones in pieces, so that temporaries stay small."""
+    values = array_of(tensor)
+    if values.size <= CHUNK_ELEMENTS or values.ndim < 2 or numbers.block_size is not None:
+        return quantize(values, numbers)
+    out = np.empty(values.shape, numbers.storage.numpy)
+    rows = max(1, CHUNK_ELEMENTS // (values.size // values.shape[0]))
+    for start in range(0, values.shape[0], rows):
+        piece = slice(start, start + rows)
+        part = numbers
+        if numbers.axis == 0:
+            part = QParams(
+                scale=numbers.scale[piece],
+                zero_point=numbers.zero_point[piece],
+                storage=numbers.storage,
+                qmin=numbers.qmin,
+                qmax=numbers.qmax,
+                axis=0,
+            )
+        out[piece] = quantize(values[piece], part)
+    return out

@@ -1,0 +1,70 @@
+"""What the pipeline hands from pass to pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Final, Literal
+
+from qpass.errors import RecipeError
+
+Activations = Literal["static", "dynamic"]
+Progress = Callable[[str, int, int | None], None]  # stage, samples done, samples in all
+
+PRECISION: Final = re.compile(r"w(?P<weight>\d+)(a(?P<activation>\d+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """`wNaM`: N-bit weights and M-bit activations; `wN`: weights only (`activation` is None)."""
+
+    weight: int
+    activation: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Parse `w8a8`, `w4`, ...; RecipeError on anything else."""
+        match = PRECISION.fullmatch(text)
+        if match is None:
+            raise RecipeError(
+                f"precision {text!r} is not understood",
+                fix="write wNaM (N-bit weights, M-bit activations) or wN (weights only), "
+                "for example w8a8, w8a16, w4a8 or w8",
+            )
+        weight = int(match["weight"])
+        activation = int(match["activation"]) if match["activation"] else None
+        if not 2 <= weight <= 8:
+            raise RecipeError(f"{weight}-bit weights are not supported", fix="choose w2 to w8")
+        if activation is not None and not 2 <= activation <= 16:
+            raise RecipeError(f"{activation}-bit activations are not supported", fix="a2 to a16")
+        return cls(weight=weight, activation=activation)
+
+    def __str__(self) -> str:
+        return f"w{self.weight}" + ("" if self.activation is None else f"a{self.activation}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What the user wants, whatever the target.
+
+    `keep` are patterns (shell style) of node names that stay float; `float_nodes` are exact names
+    with the reason, as verify-and-repair and an edited plan file give them. `ranges` pins the real
+    range of tensors by name.
+    """
+
+    precision: Precision
+    activations: Activations = "static"
+    keep: tuple[str, ...] = ()
+    float_nodes: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def reason_to_keep(self, name: str) -> str | None:
+        """Return why node `name` has to stay float, or None."""
+        if name in self.float_nodes:
+            return self.float_nodes[name]
+        for pattern in self.keep:
+            if name == pattern or fnmatchcase(name, pattern):
+                return f"user: --keep {pattern}"
+        return None

@@ -1,0 +1,1 @@
+"""The report of a run: typed data, and its three faces (JSON, terminal, HTML)."""

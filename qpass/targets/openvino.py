@@ -1,0 +1,90 @@
+"""OpenVINO's CPU plugin: low precision transformations on an imported QDQ graph."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qpass.targets.schema import OpRule, Target
+from qpass.targets.specs import S8_SYMMETRIC, S8_WEIGHT, U8
+
+LPT: Final = (
+    "https://docs.openvino.ai/2025/documentation/openvino-extensibility/"
+    "openvino-plugin-library/advanced-guides/low-precision-transformations.html"
+)
+MEASURED: Final = "runtime model of OpenVINO 2026.4.1 read back (AVX512-VNNI)"
+
+RULES: Final = (
+    OpRule(
+        ops=frozenset({"Conv"}),
+        role="linear",
+        activation=U8,
+        weight=S8_WEIGHT,
+        output="required",
+        absorbs=("Relu", "Clip"),
+        source=f"{LPT} (ConvolutionTransformation); {MEASURED}: symmetric int8 weights only",
+    ),
+    OpRule(
+        ops=frozenset({"MatMul"}),
+        role="linear",
+        activation=U8,
+        lhs=S8_SYMMETRIC,
+        lhs_nonnegative=U8,
+        rhs=S8_SYMMETRIC,
+        weight=S8_WEIGHT,
+        output="float",
+        constant_weight=False,
+        source=f"{LPT} (MatMulTransformation); {MEASURED}: activation x activation needs zero "
+        "point 0 on the left and S8 with zero point 0 on the right, else f32",
+    ),
+    OpRule(
+        ops=frozenset({"Gemm"}),
+        role="linear",
+        activation=U8,
+        weight=S8_WEIGHT,
+        output="float",
+        absorbs=("Relu", "Clip"),
+        source=f"{LPT} (MatMulTransformation); {MEASURED}",
+    ),
+    OpRule(
+        ops=frozenset({"Add"}),
+        role="follow",
+        activation=U8,
+        absorbs=("Relu", "Clip"),
+        source=f"{LPT} (AddTransformation); {MEASURED}: fused into the convolution before it",
+    ),
+    OpRule(
+        ops=frozenset({"Concat"}),
+        role="follow",
+        activation=U8,
+        source=f"{LPT} (ConcatTransformation)",
+    ),
+    OpRule(
+        ops=frozenset({"AveragePool", "GlobalAveragePool"}),
+        role="follow",
+        activation=U8,
+        source=f"{LPT} (AvgPoolTransformation)",
+    ),
+    OpRule(
+        ops=frozenset(
+            {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"}
+        ),
+        role="passthrough",
+        tie=True,
+        source=f"{LPT} (MaxPoolTransformation, TransposeTransformation, ...)",
+    ),
+)
+
+TARGET: Final = Target(
+    name="openvino",
+    title="OpenVINO CPU",
+    engine="openvino",
+    opset=21,
+    rules=RULES,
+    bias="float",
+    activation=U8,
+    sources=(LPT,),
+    notes=(
+        "Attention operands are S8 with zero point 0 (the Softmax output U8, its low end is 0).",
+        "A float bias is as good as an int32 one: the plugin adds it after the product.",
+    ),
+)

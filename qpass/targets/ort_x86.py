@@ -1,0 +1,103 @@
+"""onnxruntime's CPU provider on x86-64 with VNNI: U8 activations, S8 per-channel weights."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qpass.targets.schema import OpRule, Target
+from qpass.targets.specs import S8_WEIGHT, U8
+
+SELECTORS: Final = (
+    "https://github.com/microsoft/onnxruntime/blob/v1.23.0/onnxruntime/core/optimizer/"
+    "qdq_transformer/selectors_actions/qdq_selectors.cc"
+)
+MEASURED: Final = "optimized graph of onnxruntime 1.31.1 read back (AVX512-VNNI)"
+
+# Ops that only move data: the selectors drop the pairs around them when both sides have one scale.
+MOVERS: Final = frozenset(
+    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Tile"}
+)
+
+RULES: Final = (
+    OpRule(
+        ops=frozenset({"Conv"}),
+        role="linear",
+        activation=U8,
+        weight=S8_WEIGHT,
+        output="required",
+        absorbs=("Relu", "Clip"),
+        source=f"{SELECTORS} (ConvNodeGroupSelector); {MEASURED}: no Q on the output, float Conv",
+    ),
+    OpRule(
+        ops=frozenset({"MatMul"}),
+        role="linear",
+        activation=U8,
+        lhs=U8,
+        rhs=U8,
+        weight=S8_WEIGHT,
+        output="float",
+        constant_weight=False,
+        source=f"{SELECTORS} (MatMulNodeGroupSelector); {MEASURED}: DQ, DQ -> MatMul without Q is "
+        "MatMulIntegerToFloat, the fastest form for transformers",
+    ),
+    OpRule(
+        ops=frozenset({"Gemm"}),
+        role="linear",
+        activation=U8,
+        weight=S8_WEIGHT,
+        output="float",
+        absorbs=("Relu", "Clip"),
+        source=f"{SELECTORS} (GemmNodeGroupSelector): float output allowed, bias int32, beta 1",
+    ),
+    OpRule(
+        ops=frozenset({"Add"}),
+        role="follow",
+        activation=U8,
+        absorbs=("Relu", "Clip"),
+        source=f"{SELECTORS} (BinaryNodeGroupSelector); {MEASURED}: QLinearAdd, 0.94x of float",
+    ),
+    OpRule(
+        ops=frozenset({"Concat"}),
+        role="follow",
+        activation=U8,
+        source=f"{SELECTORS} (VariadicNodeGroupSelector); {MEASURED}: QLinearConcat, 0.66x",
+    ),
+    OpRule(
+        ops=frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu"}),
+        role="follow",
+        activation=U8,
+        source=f"{SELECTORS} (UnaryNodeGroupSelector)",
+    ),
+    OpRule(
+        ops=frozenset({"Resize"}),
+        role="passthrough",
+        tie=True,
+        attributes=(("mode", "nearest"),),
+        source=f"{SELECTORS} (DropQDQNodeGroupSelector): nearest only",
+    ),
+    OpRule(
+        ops=MOVERS | {"MaxPool"},
+        role="passthrough",
+        tie=True,
+        source=f"{SELECTORS} (DropQDQNodeGroupSelector): equal scale and zero point on both sides",
+    ),
+)
+
+TARGET: Final = Target(
+    name="ort-x86",
+    title="onnxruntime CPU, x86-64 with VNNI",
+    engine="onnxruntime",
+    opset=21,
+    rules=RULES,
+    bias="int32",
+    activation=U8,
+    matmul_bias_rank=3,
+    sources=(SELECTORS,),
+    notes=(
+        "S8 activations run in float or 4 to 20 times slower on x86: U8 everywhere.",
+        "Softmax, LayerNormalization, GELU, HardSwish and MaxPool alone get slower between Q and "
+        "DQ: they stay float.",
+        "MatMul biases get rank 3: with static shapes MatMulAddFusion would turn the integer "
+        "MatMul into a float Gemm.",
+    ),
+)

@@ -1,0 +1,76 @@
+"""A target is a frozen table of rules; every rule names the source that justifies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qpass.dtypes import storage_for
+from qpass.qparams import TensorSpec
+
+Role = Literal["linear", "follow", "passthrough"]
+OutputQ = Literal["required", "float", "follow"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpRule:
+    """How one family of ops is run in integers by a target.
+
+    role
+        ``linear``: starts an integer region, for it is where integers pay (Conv, Gemm, MatMul).
+        ``follow``: runs in integers only when all its inputs are integers already (Add, Concat).
+        ``passthrough``: moves integers without computing; input and output share qparams.
+    output
+        ``required``: the engine fuses only with a QuantizeLinear behind the op.
+        ``float``: no Q behind the op by itself (a consumer may still ask for one).
+        ``follow``: Q behind the op when a later integer op reads it.
+    activation
+        Spec of the activation inputs; `dynamic` is the spec of each operand where both operands
+        of a MatMul are activations (``None``: as `activation`).
+    """
+
+    ops: frozenset[str]
+    role: Role
+    source: str
+    activation: TensorSpec | None = None
+    lhs: TensorSpec | None = None  # left operand of activation x activation
+    lhs_nonnegative: TensorSpec | None = None  # the same where it comes from Softmax, Relu, ...
+    rhs: TensorSpec | None = None  # right operand of activation x activation
+    weight: TensorSpec | None = None  # axis is filled in per op
+    output: OutputQ = "follow"
+    absorbs: tuple[str, ...] = ()  # activations that fuse between the op and its Q
+    tie: bool = False
+    constant_weight: bool = True  # False: also activation x activation
+    min_channels: int = 0  # fewer input or output channels stay float
+    skip_input_only: bool = False  # quantize only the input that no linear op computes directly
+    attributes: tuple[tuple[str, int | str], ...] = ()  # values that the node must have
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One engine on one kind of hardware: what it runs in integers and how the graph must look."""
+
+    name: str
+    title: str
+    engine: Literal["onnxruntime", "openvino", "none"]  # "none": cannot be run here, lint only
+    opset: int
+    rules: tuple[OpRule, ...]
+    bias: Literal["int32", "float"]
+    activation: TensorSpec
+    scheme: Literal["islands", "full"] = "islands"  # full: inputs, outputs and all ops in QDQ
+    matmul_bias_rank: int | None = None  # reshape MatMul biases to this rank (see lower.py)
+    per_channel_matmul: bool = True
+    sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def rule_for(self, op: str) -> OpRule | None:
+        """Return the first rule that covers `op`, or None: the op stays float."""
+        return next((rule for rule in self.rules if op in rule.ops), None)
+
+
+def with_bits(spec: TensorSpec, bits: int) -> TensorSpec:
+    """Return `spec` at another bit width, in the smallest storage type that holds it."""
+    if bits == spec.bits:
+        return spec
+    return replace(spec, bits=bits, storage=storage_for(bits, signed=spec.storage.signed))
