@@ -71,7 +71,9 @@ class Graph:
         self._after: dict[int, list[Node]] = {}
         self._removed: set[int] = set()
         self._names: set[str] = set()
+        self._numbers: dict[str, int] = {}  # base name -> first number that was not tried
         self._adopt(extras, bodies, model)
+        self.captured = frozenset(t.name for node in self._nodes for t in node.captured)
         self._unshare_small_constants()
 
     def _adopt(
@@ -195,9 +197,10 @@ class Graph:
 
     def unique_name(self, base: str) -> str:
         """Return `base`, or `base` with the first free number; the name is taken from now on."""
-        name, number = base, 1
+        name, number = base, self._numbers.get(base, 1)
         while name in self._names:
             name, number = f"{base}_{number}", number + 1
+        self._numbers[base] = number  # the next search begins here: naming n tensors is linear
         self._names.add(name)
         return name
 
@@ -334,8 +337,7 @@ class Graph:
         graph.doc_string = self.doc_string
         alias = self._aliases()
         for node in self.nodes:
-            proto = OnnxExporter.export_node(node)
-            proto.MergeFrom(node.extra)
+            proto = self.proto_of(node)
             for i, name in enumerate(proto.input):
                 proto.input[i] = alias.get(name, name)
             graph.node.append(proto)
@@ -355,13 +357,22 @@ class Graph:
         graph.quantization_annotation.extend(self.annotations)
         return model
 
+    @staticmethod
+    def proto_of(node: Node) -> onnx.NodeProto:
+        """Export one node with its metadata and bodies."""
+        proto: onnx.NodeProto = OnnxExporter.export_node(node)
+        proto.MergeFrom(node.extra)
+        return proto
+
     def _aliases(self) -> dict[str, str]:
         """Map copies that `_unshare_small_constants` made, and nobody changed, to their source."""
         by_name = {tensor.name: tensor for tensor in self.constants()}
         alias = {}
         for tensor in by_name.values():
             source = by_name.get(getattr(tensor, "copy_of", ""))
-            if source is None or source.shape != tensor.shape or source.dtype != tensor.dtype:
+            if source is None or source.dtype != tensor.dtype:
+                continue
+            if tuple(source.shape) != tuple(tensor.shape):  # lazy values have a list
                 continue
             if array_of(source).tobytes() == array_of(tensor).tobytes():
                 alias[tensor.name] = source.name
@@ -411,7 +422,7 @@ class Graph:
         twin.name, twin.doc_string = self.name, self.doc_string
         twin.annotations, twin._value_types = self.annotations, self._value_types
         twin._before, twin._after, twin._removed = {}, {}, set()
-        twin._names = set(self._names)
+        twin._names, twin.captured = set(self._names), self.captured
         made: dict[int, Tensor] = {}
 
         def clone(tensor: Tensor) -> Tensor:

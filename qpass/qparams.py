@@ -154,7 +154,7 @@ def quantize(x: Array, qparams: QParams) -> Array:
     """
     scale = expand(qparams.scale, qparams, x.shape)
     zero_point = expand(qparams.zero_point.astype(np.float32), qparams, x.shape)
-    q = np.asarray(x, np.float32) / scale
+    q = np.asarray(np.asarray(x, np.float32) / scale)  # numpy makes a scalar of a 0-d quotient
     np.rint(q, out=q)
     q += zero_point
     np.clip(q, qparams.qmin, qparams.qmax, out=q)

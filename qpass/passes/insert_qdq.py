@@ -6,7 +6,7 @@ What it does
 Why it is correct
     It decides nothing: where, which kind and which numbers come from `Plan` and `QTable`. Original
     tensor names stay on the float side of Q, so that both graphs can be compared layer by layer;
-    names of graph outputs stay on the graph outputs.
+    names of graph outputs, and of tensors that bodies of control flow read, stay with the readers.
 Preconditions
     The graph is the one that the plan was made for, without Q or DQ.
 """
@@ -30,14 +30,16 @@ def insert_qdq(graph: Graph, plan: Plan, qparams: Mapping[str, QParams]) -> Pass
     """Insert every decision of `plan` into `graph`; `changed` counts the tensors."""
     tensors = graph.tensors()
     nodes = {node.name: node for node in graph.nodes}
-    quantized: dict[str, Constant] = {}
+    captured = frozenset(id(t) for node in graph.nodes for t in node.captured)
     for decision in plan.decisions:
         numbers, tensor = qparams[decision.key], tensors[decision.tensor]
         if decision.kind == "activation":
-            _insert_pair(graph, nodes, decision, tensor, numbers)
+            keep_name = graph.is_output(tensor) or id(tensor) in captured
+            _insert_pair(graph, nodes, decision, tensor, numbers, keep_name=keep_name)
         else:
-            _insert_constant(graph, nodes, decision, tensor, numbers, quantized)
+            _insert_constant(graph, nodes, decision, tensor, numbers)
     graph.remove_unused()
+    graph.sort()  # pairs behind a graph input stand before the first node, in order of insertion
     return PassReport(name="insert_qdq", changed=len(plan.decisions))
 
 
@@ -63,7 +65,13 @@ def dequantize_node(graph: Graph, source: Tensor, out: Tensor, numbers: QParams,
 
 
 def _insert_pair(
-    graph: Graph, nodes: Mapping[str, Node], decision: Decision, tensor: Tensor, numbers: QParams
+    graph: Graph,
+    nodes: Mapping[str, Node],
+    decision: Decision,
+    tensor: Tensor,
+    numbers: QParams,
+    *,
+    keep_name: bool,
 ) -> None:
     readers = (
         graph.consumers(tensor)
@@ -74,10 +82,9 @@ def _insert_pair(
         if node.inputs[index] is not tensor:
             raise InternalError(f"{node.name} does not read {tensor.name}: the plan is stale")
     producer = graph.producer(tensor)
-    keep_name = decision.edges is None and graph.is_output(tensor) and producer is not None
     restored = graph.variable(f"{decision.key}_dequantized", tensor.dtype, tensor.shape)
-    if keep_name:  # the graph output is what DQ returns; the float tensor gets a new name
-        assert producer is not None
+    if keep_name and decision.edges is None and producer is not None:
+        # The old name is what DQ returns; the float tensor gets a new one.
         floating = graph.variable(f"{decision.key}_float", tensor.dtype, tensor.shape)
         slot = next(i for i, out in enumerate(producer.outputs) if out is tensor)
         graph.set_output(producer, slot, floating)
@@ -110,13 +117,10 @@ def _insert_constant(
     decision: Decision,
     tensor: Tensor,
     numbers: QParams,
-    quantized: dict[str, Constant],
 ) -> None:
     assert decision.edges is not None
     readers = [(nodes[edge.node], edge.index) for edge in decision.edges]
-    stored = quantized[decision.key] = graph.constant(
-        f"{decision.key}_quantized", quantize_in_chunks(tensor, numbers)
-    )
+    stored = graph.constant(f"{decision.key}_quantized", quantize_in_chunks(tensor, numbers))
     for node, index in readers:
         restored = graph.variable(f"{decision.key}_dequantized", np.dtype(np.float32), tensor.shape)
         graph.add(dequantize_node(graph, stored, restored, numbers, decision.key), before=node)

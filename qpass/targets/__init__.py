@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from qpass.errors import RecipeError
-from qpass.targets import openvino, ort_x86
+from qpass.targets import openvino, ort_arm, ort_x86, qnn_htp, tensorrt, vitis_xint8
 from qpass.targets.schema import OpRule, Target
 
 __all__ = ["TARGETS", "OpRule", "Target", "load_target"]
 
 TARGETS: Final[dict[str, Target]] = {
-    module.TARGET.name: module.TARGET for module in (ort_x86, openvino)
+    module.TARGET.name: module.TARGET
+    for module in (ort_x86, ort_arm, openvino, tensorrt, qnn_htp, vitis_xint8)
 }
 
 

@@ -14,9 +14,10 @@ SELECTORS: Final = (
 MEASURED: Final = "optimized graph of onnxruntime 1.31.1 read back (AVX512-VNNI)"
 
 # Ops that only move data: the selectors drop the pairs around them when both sides have one scale.
-MOVERS: Final = frozenset(
-    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Tile"}
-)
+MOVERS: Final = frozenset({
+    "Expand", "Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose",
+    "Unsqueeze",
+})  # fmt: skip
 
 RULES: Final = (
     OpRule(
@@ -63,7 +64,15 @@ RULES: Final = (
         source=f"{SELECTORS} (VariadicNodeGroupSelector); {MEASURED}: QLinearConcat, 0.66x",
     ),
     OpRule(
-        ops=frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu"}),
+        ops=frozenset({"GlobalAveragePool"}),
+        role="follow",
+        activation=U8,
+        shrinks=True,
+        source=f"{SELECTORS} (UnaryNodeGroupSelector); {MEASURED}: cheaper than to dequantize its "
+        "input",
+    ),
+    OpRule(
+        ops=frozenset({"AveragePool", "LeakyRelu"}),
         role="follow",
         activation=U8,
         source=f"{SELECTORS} (UnaryNodeGroupSelector)",
@@ -92,6 +101,7 @@ TARGET: Final = Target(
     bias="int32",
     activation=U8,
     matmul_bias_rank=3,
+    sum_before_norm=True,
     sources=(SELECTORS,),
     notes=(
         "S8 activations run in float or 4 to 20 times slower on x86: U8 everywhere.",

@@ -25,8 +25,10 @@ class OpRule:
         ``float``: no Q behind the op by itself (a consumer may still ask for one).
         ``follow``: Q behind the op when a later integer op reads it.
     activation
-        Spec of the activation inputs; `dynamic` is the spec of each operand where both operands
-        of a MatMul are activations (``None``: as `activation`).
+        Spec of the activation inputs; `lhs` and `rhs` are the specs of the operands of a MatMul
+        where both are activations (``None``: as `activation`).
+    min_channels
+        Counts the first two axes of the weight, so input channels of a Conv are those per group.
     """
 
     ops: frozenset[str]
@@ -39,11 +41,12 @@ class OpRule:
     weight: TensorSpec | None = None  # axis is filled in per op
     output: OutputQ = "follow"
     absorbs: tuple[str, ...] = ()  # activations that fuse between the op and its Q
-    tie: bool = False
+    tie: bool = False  # inputs and outputs share one scale and zero point
     constant_weight: bool = True  # False: also activation x activation
     min_channels: int = 0  # fewer input or output channels stay float
     skip_input_only: bool = False  # quantize only the input that no linear op computes directly
     attributes: tuple[tuple[str, int | str], ...] = ()  # values that the node must have
+    shrinks: bool = False  # worth it with float behind: the output is far smaller than the input
     note: str = ""
 
 
@@ -61,6 +64,7 @@ class Target:
     scheme: Literal["islands", "full"] = "islands"  # full: inputs, outputs and all ops in QDQ
     matmul_bias_rank: int | None = None  # reshape MatMul biases to this rank (see lower.py)
     per_channel_matmul: bool = True
+    sum_before_norm: bool = False  # see lower.py
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

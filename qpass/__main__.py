@@ -1,0 +1,5 @@
+"""`python -m qpass`."""
+
+from qpass.cli import main
+
+main()

@@ -1,0 +1,322 @@
+"""The functions that `import qpass` offers; the command line calls the same ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from qpass.calibrate import collect, input_specs, open_samples, save_stats
+from qpass.calibrate import shard as take_shard
+from qpass.compare import LayerDifference, compare_layers
+from qpass.errors import RecipeError
+from qpass.graph import Graph
+from qpass.modelfile import load_model, model_bytes, save_model
+from qpass.options import Options
+from qpass.pipeline import (
+    LAYER_SAMPLES,
+    TIMING_SECONDS,
+    Run,
+    choose_method,
+    engines_for,
+    held_out_samples,
+    metadata_of,
+    open_data,
+    prepare,
+    quantize,
+    sha256_of,
+    start,
+    taps_of,
+    verify_and_repair,
+)
+from qpass.pipeline import calibrate as calibrate_run
+from qpass.plan import Plan
+from qpass.planner import plan as make_plan
+from qpass.program import Policy, Progress
+from qpass.recipe import read_recipe
+from qpass.report.model import EngineReport, LayerReport, Report
+from qpass.result import build_report, evaluate_metric, gates_of
+from qpass.targets import TARGETS, load_target
+from qpass.trial import TRIAL_SAMPLES
+from qpass.verify.check import Reference, check_engine
+
+# A float graph this many times its file does not fit: weights, their packed copy, activations.
+FLOAT_MEMORY_FACTOR: Final = 2.0
+COMPARE_SAMPLES: Final = 8
+
+
+def make_options(recipe: str | Path | None = None, **options: Any) -> Options:
+    """Build the options of a run: a recipe file first, explicit options win.
+
+    Raises:
+        RecipeError: an unknown or contradicting option.
+    """
+    values: dict[str, Any] = dict(read_recipe(Path(recipe))) if recipe is not None else {}
+    known = {field.name for field in dataclasses.fields(Options)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise RecipeError(f"there is no option {unknown[0]}", fix=", ".join(sorted(known)))
+    values.update({key: value for key, value in options.items() if value is not None})
+    for key in ("keep", "engines"):
+        if key in values:
+            values[key] = tuple(values[key])
+    return Options(**values)
+
+
+def default_output(model: Path, precision: str) -> Path:
+    """Return `m.int8.onnx` for w8a8 of `m.onnx`, otherwise `m.PRECISION.onnx`."""
+    kind = "int8" if precision == "w8a8" else precision
+    return model.with_name(f"{model.stem}.{kind}.onnx")
+
+
+def optimize(
+    model: str | Path,
+    *,
+    data: Any = None,
+    target: str | None = None,
+    output: str | Path | None = None,
+    precision: str | None = None,
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Compile a float ONNX model into one that the target runs in integers, and verify it.
+
+    Args:
+        model: the float model.
+        data: calibration samples: anything `--data` takes (npz, folder, images, ONNX test data,
+            `module:callable`, "random"), an iterable of dicts of arrays, or a DataLoader.
+        target: name of a target, see `qpass targets`.
+        output: where the result goes; beside the model by default. When a gate fails the file has
+            `.rejected` in its name.
+        precision: wNaM or wN.
+        recipe: TOML file with options.
+        progress: called with (stage, samples done, samples in all or None).
+        options: fields of `qpass.options.Options`.
+
+    Returns:
+        The report; `report.ok` says whether all gates passed, `report.output` is the file.
+
+    Raises:
+        UserError: bad input: nothing was written.
+    """
+    settings = make_options(recipe, target=target, precision=precision, **options)
+    source = Path(model)
+    final = Path(output) if output is not None else default_output(source, settings.precision)
+    if not final.parent.is_dir():
+        raise RecipeError(f"there is no folder {final.parent}", fix="make it, or choose another -o")
+    if final.exists() and source.exists() and final.samefile(source):
+        raise RecipeError("the result would overwrite the model", fix="choose another -o")
+    run = start(source, settings)
+    prepare(run)
+    held: list[Mapping[str, Any]] = []
+    if run.policy.precision.activation is not None or data is not None:
+        with run.stages.stage("samples"):
+            calibration, holdout = open_data(run, data)
+            held, note = held_out_samples(calibration, holdout)
+        run.notes += [note] if note else []
+        if run.policy.precision.activation is not None:
+            calibrate_run(run, calibration, progress)
+            if _fits(run, source):
+                choose_method(run, list(islice(iter(calibration), TRIAL_SAMPLES)))
+    quantize(run)
+    assert run.quantized is not None
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".qpass-") as folder:
+        trial = Path(folder, final.name)
+        with run.stages.stage("write"):
+            save_model(run.quantized, trial, metadata=metadata_of(run))
+        if _fits(run, source, note=True):
+            verify_and_repair(run, trial, held)
+            with run.stages.stage("layers"):
+                run.layers = _layers(run, held[:LAYER_SAMPLES])
+        metric = evaluate_metric(run, trial)
+    gates = gates_of(run, metric)
+    if not all(gate.passed for gate in gates):
+        final = final.with_name(f"{final.stem}.rejected{final.suffix}")
+    with run.stages.stage("write"):
+        save_model(run.quantized, final, metadata=metadata_of(run))
+    return build_report(run, final, metric, gates)
+
+
+def _fits(run: Run, source: Path, *, note: bool = False) -> bool:
+    needed = FLOAT_MEMORY_FACTOR * model_bytes(source)
+    if needed <= run.options.memory_bytes:
+        return True
+    if note:
+        run.notes.append(
+            f"NOT VERIFIED: running the float model takes about {needed / 2**30:.1f} GiB and "
+            f"--memory is {run.options.memory}. Raise it to have the result run and compared."
+        )
+    return False
+
+
+def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
+    assert run.graph is not None
+    assert run.quantized is not None
+    assert run.plan is not None
+    integer = run.plan.integer_nodes()
+    rows = compare_layers(run.graph.to_model(), run.quantized.to_model(), samples)
+    return [
+        LayerReport(
+            name=row.name,
+            op=row.op,
+            sqnr_db_before=row.sqnr_db,
+            sqnr_db_after=row.sqnr_db,
+            cosine=row.cosine,
+            precision="integer" if row.name in integer else "float",
+        )
+        for row in rows
+    ]
+
+
+def plan(
+    model: str | Path, *, target: str = "ort-x86", precision: str = "w8a8", **options: Any
+) -> Plan:
+    """Return what would become of each tensor and node of a model, and why."""
+    run = start(Path(model), make_options(target=target, precision=precision, **options))
+    prepare(run)
+    assert run.plan is not None
+    return run.plan
+
+
+def calibrate(
+    model: str | Path,
+    *,
+    data: Any,
+    output: str | Path,
+    target: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
+    """Gather the statistics that all targets (or one) need, in one pass, into a file.
+
+    Args:
+        model: the float model.
+        data: samples, as for `optimize`; nothing is held out.
+        output: the statistics file (.npz).
+        target: only what this target needs; None: all targets, so that one file serves them all.
+        shard: (index, count): only every count-th sample, for `merge`.
+        progress: as for `optimize`.
+        options: fields of `qpass.options.Options`.
+    """
+    settings = make_options(target=target, holdout=0.0, **options)
+    run = start(Path(model), settings)
+    graph = prepare(run)
+    taps = {}
+    for name in [target] if target is not None else sorted(TARGETS):
+        for tap in taps_of(graph, plan_for(graph, name, run.policy)):
+            taps.setdefault(tap.tensor, tap)
+    samples, _ = open_data(run, data)
+    result = collect(
+        graph.to_model(),
+        list(taps.values()),
+        take_shard(samples, *shard) if shard[1] > 1 else samples,
+        batch_size=settings.batch_size,
+        memory_bytes=settings.memory_bytes,
+        threads=settings.jobs,
+        progress=(lambda done, of: progress("calibrate", done, of)) if progress else None,
+    )
+    meta = {
+        "model": sha256_of(run.source),
+        "samples_sha256": samples.fingerprint(),
+        "samples": str(result.samples),
+        "targets": target or "all",
+    }
+    if shard[1] > 1:
+        meta["shard"] = f"{shard[0]}/{shard[1]}"
+    save_stats(Path(output), result.stats, meta)
+    return Path(output)
+
+
+def plan_for(graph: Graph, target: str, policy: Policy) -> Plan:
+    """Plan an already normalized graph for a target."""
+    return make_plan(graph, load_target(target), policy)
+
+
+def verify(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    data: Any = None,
+    engines: tuple[str, ...] = (),
+    samples: int | None = None,
+    preprocess: str | None = None,
+    **options: Any,
+) -> list[EngineReport]:
+    """Run a model, whoever made it, in its engines and read back what they made of it.
+
+    Args:
+        model: the quantized file.
+        reference: the float model; without it nothing is compared or timed.
+        data: samples as for `optimize`.
+        engines: engines by name; (): those installed.
+        samples: how many samples to compare.
+        preprocess: as for `optimize`.
+        options: fields of `qpass.options.Options`.
+    """
+    settings = make_options(samples=samples, preprocess=preprocess, engines=engines, **options)
+    path = Path(model)
+    graph = load_model(path, allow_quantized=True)
+    if reference is not None and data is None:
+        raise RecipeError("a comparison needs samples", fix="give --data")
+    feeds: list[Mapping[str, Any]] = []
+    if data is not None:
+        inputs = input_specs(graph.to_model(stub_above=1024))
+        source = open_samples(data, inputs, preprocess=preprocess, seed=settings.seed)
+        feeds = list(islice(iter(source), settings.samples))
+    run = start(path, settings)
+    base = Path(reference) if reference is not None else path
+    if reference is not None:
+        load_model(base)  # a clear error when it is not a float model
+    compared = Reference.run(base, feeds, threads=settings.jobs)
+    reports = []
+    for engine in engines_for(run):
+        with tempfile.TemporaryDirectory() as folder:
+            reports.append(
+                check_engine(
+                    engine,
+                    float_model=base,
+                    quantized=path,
+                    plan=None,
+                    reference=compared,
+                    workdir=Path(folder),
+                    seconds=TIMING_SECONDS if reference is not None else 0.0,
+                )
+            )
+    return reports
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    data: Any,
+    samples: int | None = None,
+    preprocess: str | None = None,
+    **options: Any,
+) -> list[LayerDifference]:
+    """Compare two models layer by layer; `a` is the reference.
+
+    Args:
+        a: reference model.
+        b: model to be judged; layers are paired by node name.
+        data: samples as for `optimize`.
+        samples: how many samples to run, 8 by default.
+        preprocess: as for `optimize`.
+        options: fields of `qpass.options.Options`.
+    """
+    if data is None:
+        raise RecipeError("a comparison needs samples", fix="give --data")
+    settings = make_options(samples=samples or COMPARE_SAMPLES, preprocess=preprocess, **options)
+    models = [load_model(path, allow_quantized=True).to_model() for path in (a, b)]
+    source = open_samples(data, input_specs(models[0]), preprocess=preprocess, seed=settings.seed)
+    rows = compare_layers(models[0], models[1], islice(iter(source), settings.samples))
+    if not rows:
+        raise RecipeError(
+            "the two models share no linear op", fix="compare models by the same names"
+        )
+    return rows

@@ -1,0 +1,61 @@
+"""What every fold returns, and questions that several of them ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.graph import Constant, Graph, Node, Tensor, array_of
+from qpass.report.model import Refusal
+
+Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class FoldResult:
+    """How many places a fold changed, and where it could not, with the reason."""
+
+    changed: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, rule: str, node: Node, reason: str) -> None:
+        """Note that `rule` did not apply at `node`."""
+        self.refusals.append(Refusal(rule=rule, where=node.name, reason=reason))
+
+
+def sole_reader(graph: Graph, tensor: Tensor) -> Node | None:
+    """Return the only node that reads `tensor`, None when there are more or it leaves the graph."""
+    readers = tensor.outputs
+    if len(readers) != 1 or graph.is_output(tensor) or tensor.name in graph.captured:
+        return None
+    node: Node = readers[0]
+    return node
+
+
+def constant_of(tensor: Tensor) -> Array | None:
+    """Return the values of a float constant in float64, None for anything else."""
+    if not isinstance(tensor, Constant):
+        return None
+    values = array_of(tensor)
+    return values.astype(np.float64) if values.dtype.kind == "f" else None
+
+
+def scalar_of(tensor: Tensor) -> float | None:
+    """Return the value of a constant with one element."""
+    values = constant_of(tensor)
+    return float(values.ravel()[0]) if values is not None and values.size == 1 else None
+
+
+def other_input(node: Node, tensor: Tensor) -> Tensor | None:
+    """Return the other input of a binary node."""
+    if len(node.inputs) != 2 or node.inputs[0] is node.inputs[1]:
+        return None
+    return node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
+
+
+def rank_of(tensor: Tensor) -> int | None:
+    """Return the rank of a tensor, None when it is not known."""
+    return None if tensor.shape is None else len(tensor.shape)

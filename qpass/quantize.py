@@ -1,0 +1,50 @@
+"""From a float graph, a plan and its numbers to the integer graph of a target."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from qpass.choose import QTable
+from qpass.graph import Graph
+from qpass.passes.dynamic import make_dynamic
+from qpass.passes.insert_qdq import insert_qdq
+from qpass.passes.lower import lower_biases, raise_matmul_biases, sum_before_norm
+from qpass.plan import Plan
+from qpass.program import Policy
+from qpass.report.model import PassReport
+from qpass.targets.schema import Target
+
+
+def build_quantized(
+    reference: Graph, plan: Plan, qtable: QTable, target: Target, policy: Policy
+) -> tuple[Graph, tuple[PassReport, ...]]:
+    """Build the integer graph; `reference` is not changed and shares its large constants.
+
+    The passes and their order are all here.
+    """
+    graph = reference.copy()
+    rank = target.matmul_bias_rank
+    steps: list[Callable[[], PassReport]] = [lambda: insert_qdq(graph, plan, qtable.qparams)]
+    if policy.activations == "dynamic":
+        steps.append(lambda: make_dynamic(graph))
+    if target.bias == "int32":
+        steps.append(lambda: lower_biases(graph))
+    if rank is not None:
+        steps.append(lambda: raise_matmul_biases(graph, rank))
+    if target.sum_before_norm:
+        steps.append(lambda: sum_before_norm(graph))
+    reports = []
+    for step in steps:
+        begin = time.perf_counter()
+        report = step()
+        reports.append(timed(report, time.perf_counter() - begin))
+    graph.sort()
+    return graph, tuple(reports)
+
+
+def timed(report: PassReport, seconds: float) -> PassReport:
+    """Return `report` with its time filled in."""
+    return PassReport(
+        name=report.name, changed=report.changed, refusals=report.refusals, seconds=seconds
+    )

@@ -1,0 +1,134 @@
+"""How the faces of the report write numbers, and what they group: shared by terminal and HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qpass.report.model import EngineReport, FloatOp, Latency, LayerReport, Report
+
+NONE: Final = "-"
+KIBI: Final = 1024
+
+
+def visible(text: str) -> str:
+    """Return `text` with what cannot be printed spelled out; line ends stay.
+
+    Node names come from files of unknown origin: an escape sequence in one must not reach the
+    terminal, and half a surrogate pair cannot be written as UTF-8.
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    """Write `value` with its unit; `-` where there is none."""
+    if value is None or math.isnan(value):
+        return NONE
+    return f"{value:.{digits}f}{unit}"
+
+
+def decibels(value: float | None) -> str:
+    """Write an SQNR: an infinite one means that both outputs are the same."""
+    return "exact" if value == math.inf else number(value, 1, " dB")
+
+
+def factor(value: float | None) -> str:
+    """Write a speed-up."""
+    return number(value, 2, "x")
+
+
+def milliseconds(value: float) -> str:
+    """Write a latency in milliseconds with about three digits."""
+    return number(value, 3 if value < 1 else 2 if value < 100 else 0, " ms")
+
+
+def latency(value: Latency | None) -> str:
+    """Write both latencies, float first."""
+    if value is None:
+        return NONE
+    return f"{milliseconds(value.float).removesuffix(' ms')} -> {milliseconds(value.quantized)}"
+
+
+def seconds(value: float) -> str:
+    """Write a duration given in seconds, in minutes above 100 s."""
+    return number(value / 60, 1, " min") if value > 100 else number(value, 2, " s")
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with a binary unit."""
+    if count < KIBI:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
+        count /= KIBI
+        if count < KIBI:
+            return f"{count:.1f} {unit}"
+    return f"{count / KIBI:.2f} GiB"
+
+
+def integers(engine: EngineReport) -> str:
+    """Write how many ops run in integers, of how many planned."""
+    if not engine.planned_integer_ops:
+        return str(engine.integer_ops)
+    return f"{engine.integer_ops} of {engine.planned_integer_ops}"
+
+
+def value_of(value: float | str | None) -> str:
+    """Write the side of a gate: text as it is, numbers with two digits."""
+    return value if isinstance(value, str) else number(value, 2)
+
+
+def shouts(note: str) -> bool:
+    """Tell whether a note starts in capitals, as those do that must not be overlooked."""
+    head = note.partition(":")[0]
+    return head.isupper() and len(head) > len("ORT")
+
+
+def names(items: Sequence[str], limit: int) -> str:
+    """Join the first `limit` names and count the others."""
+    shown = ", ".join(visible(item) for item in items[:limit])
+    more = len(items) - limit
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def worst_layers(report: Report, limit: int) -> list[LayerReport]:
+    """Return the layers with the lowest SQNR after compensation; unknown ones (NaN) first."""
+
+    def key(layer: LayerReport) -> tuple[bool, float]:
+        unknown = math.isnan(layer.sqnr_db_after)
+        return not unknown, 0.0 if unknown else layer.sqnr_db_after
+
+    return sorted(report.layers, key=key)[:limit]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """Ops that one engine runs in float for one and the same reason."""
+
+    engine: str
+    rule: str
+    reason: str
+    planned: bool
+    ops: tuple[FloatOp, ...]
+
+    @property
+    def op_types(self) -> str:
+        """The distinct op types in alphabetical order."""
+        return ", ".join(sorted({op.op for op in self.ops}))
+
+
+def leftovers(report: Report) -> list[Leftover]:
+    """Group what runs in float by engine, rule and reason; broken promises first, then by count."""
+    groups: dict[tuple[bool, str, str, str], list[FloatOp]] = {}
+    for engine in report.engines:
+        for op in engine.float_ops:
+            groups.setdefault((op.planned, engine.name, op.rule, op.reason), []).append(op)
+    rows = [
+        Leftover(engine=engine, rule=rule, reason=reason, planned=planned, ops=tuple(ops))
+        for (planned, engine, rule, reason), ops in groups.items()
+    ]
+    return sorted(rows, key=lambda row: (not row.planned, -len(row.ops), row.engine, row.rule))

@@ -1,0 +1,233 @@
+"""The end of a run: gates, the task metric, and the report."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from qpass.calibrate import estimated_sqnr_db, histogram_view
+from qpass.errors import InternalError, RecipeError
+from qpass.modelfile import model_bytes
+from qpass.pipeline import Run
+from qpass.report.model import (
+    Cost,
+    EngineReport,
+    FileSizes,
+    Gate,
+    MapNode,
+    Metric,
+    NodeCounts,
+    Report,
+    TensorHistogram,
+)
+from qpass.verify import peak_rss_bytes
+from qpass.version import __version__
+
+WORST_HISTOGRAMS: Final = 12
+# Optimizations on and off round differently (35 to 50 dB apart); nearer to the quantization error
+# than this, and below this floor, a fusion has miscomputed.
+OPTIMIZER_MARGIN_DB: Final = 3.0
+OPTIMIZER_FLOOR_DB: Final = 25.0
+QDQ: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+def load_callable(text: str, option: str) -> Callable[..., Any]:
+    """Import `module:callable`; the current folder counts.
+
+    Raises:
+        RecipeError: no such module or callable.
+    """
+    module_name, _, name = text.partition(":")
+    if not (module_name and name):
+        raise RecipeError(f"{option} {text!r} is not of the form module:callable")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"cannot import {text}: {error}", fix=f"check {option}") from error
+    if not callable(found):
+        raise RecipeError(f"{text} is not callable", fix=f"check {option}")
+    result: Callable[..., Any] = found
+    return result
+
+
+def evaluate_metric(run: Run, path: Path) -> Metric | None:
+    """Run the user's --eval function on both files; it gets a path and returns a number.
+
+    Larger is better. A mapping counts with its first entry, whose key names the metric.
+    """
+    if run.options.eval is None:
+        return None
+    function = load_callable(run.options.eval, "--eval")
+    name, values = run.options.eval, []
+    with run.stages.stage("eval"):
+        for file in (run.source, path):
+            value = function(str(file))
+            if isinstance(value, dict):
+                name, value = next(iter(value.items()))
+            try:
+                values.append(float(value))
+            except (TypeError, ValueError) as error:
+                raise RecipeError(
+                    f"--eval {run.options.eval} returned {value!r}", fix="return one number"
+                ) from error
+    return Metric(name=name, float=values[0], quantized=values[1], drop=values[0] - values[1])
+
+
+def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
+    """Judge the result."""
+    options, gates = run.options, []
+    own = run.engines[0] if run.engines else None
+    if own is not None:
+        gates += _engine_gates(run, own)
+    primary = "openvino" if run.target.engine == "openvino" else "ort"
+    if primary in run.failures:
+        gates.append(
+            Gate(
+                name=f"{primary}: loads and runs",
+                wanted="yes",
+                got=run.failures[primary],
+                passed=False,
+            )
+        )
+    for engine in run.engines:
+        finite = engine.sqnr_db is None or engine.sqnr_db > -math.inf
+        gates.append(
+            Gate(
+                name=f"{engine.name}: finite",
+                wanted="finite outputs",
+                got=engine.sqnr_db,
+                passed=finite,
+            )
+        )
+    if options.min_sqnr is not None:
+        got = own.sqnr_db if own else None
+        passed = got is not None and got >= options.min_sqnr
+        gates.append(Gate(name="min-sqnr", wanted=options.min_sqnr, got=got, passed=passed))
+    if options.min_speedup is not None:
+        got = own.speedup if own else None
+        passed = got is not None and got >= options.min_speedup
+        gates.append(Gate(name="min-speedup", wanted=options.min_speedup, got=got, passed=passed))
+    if options.max_drop is not None and metric is not None:
+        passed = metric.drop <= options.max_drop
+        gates.append(Gate(name="max-drop", wanted=options.max_drop, got=metric.drop, passed=passed))
+    return tuple(gates)
+
+
+def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
+    left = sum(op.planned for op in own.float_ops)
+    gates = []
+    if run.target.engine != "none":
+        gates.append(
+            Gate(
+                name=f"{own.name}: planned ops in integers",
+                wanted="all",
+                got=f"{left} in float" if left else "all",
+                passed=left == 0,
+            )
+        )
+    if own.optimizer_diff_db is not None and own.sqnr_db is not None:
+        wanted = min(own.sqnr_db - OPTIMIZER_MARGIN_DB, OPTIMIZER_FLOOR_DB)
+        gates.append(
+            Gate(
+                name=f"{own.name}: optimizations on and off agree (dB)",
+                wanted=wanted,
+                got=own.optimizer_diff_db,
+                passed=own.optimizer_diff_db >= wanted,
+            )
+        )
+    return gates
+
+
+def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gate, ...]) -> Report:
+    """Put everything that `run` found out into a report."""
+    if run.graph is None or run.plan is None or run.quantized is None:
+        raise InternalError("a report needs a finished run")
+    before = {node.name for node in run.graph.nodes}
+    compute = [node for node in run.quantized.nodes if node.op not in QDQ]
+    return Report(
+        model=str(run.source),
+        output=str(output),
+        target=run.target.name,
+        precision=run.options.precision,
+        passes=tuple(run.passes),
+        nodes=NodeCounts(
+            float=len(run.graph.nodes),
+            quantized=len(run.quantized.nodes),
+            added_at_runtime=sum(node.name not in before for node in compute),
+        ),
+        engines=tuple(run.engines),
+        layers=tuple(run.layers),
+        cost=Cost(
+            seconds_total=run.stages.total,
+            seconds_by_stage=dict(run.stages.seconds),
+            float_forward_seconds=run.forward_seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            samples=run.samples,
+            peak_rss_by_stage=dict(run.stages.peak),
+        ),
+        gates=gates,
+        sizes=FileSizes(float_bytes=model_bytes(run.source), quantized_bytes=model_bytes(output)),
+        metric=metric,
+        histograms=_histograms(run),
+        graph_map=tuple(
+            MapNode(name=n.name, op=n.op, precision=n.precision, because=n.because)
+            for n in run.plan.nodes
+        ),
+        rounds=tuple(run.rounds),
+        notes=(*run.notes, *(f"not verified: {text}" for text in run.failures.values())),
+        options=asdict(run.options),
+        versions=versions(),
+    )
+
+
+def _histograms(run: Run) -> tuple[TensorHistogram, ...]:
+    """Return the histograms of the tensors that lose most, worst first."""
+    assert run.plan is not None
+    assert run.qtable is not None
+    rows = []
+    for decision in run.plan.activations():
+        stats = run.stats.get(decision.tensor)
+        if stats is None:
+            continue
+        numbers, choice = run.qtable.qparams[decision.key], run.qtable.ranges[decision.key]
+        scale, zero = float(numbers.scale), int(numbers.zero_point)
+        low, high = (numbers.qmin - zero) * scale, (numbers.qmax - zero) * scale
+        edges, counts = histogram_view(stats)
+        rows.append(
+            TensorHistogram(
+                name=decision.key,
+                edges=tuple(float(edge) for edge in edges),
+                counts=tuple(int(count) for count in counts),
+                low=low,
+                high=high,
+                method=choice.method,
+                spec=decision.spec.describe(),
+                sqnr_db=float(estimated_sqnr_db(stats, low, high, decision.spec)),
+            )
+        )
+    rows.sort(key=lambda row: (row.sqnr_db if row.sqnr_db is not None else np.inf, row.name))
+    return tuple(rows[:WORST_HISTOGRAMS])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "qpass": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "machine": platform.machine(),
+    }

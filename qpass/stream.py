@@ -1,0 +1,347 @@
+"""Walk a float graph and its quantized twin unit by unit, with the activations of both at hand.
+
+Only the tensors that are still needed later are kept, once for each graph; what does not fit into
+the memory budget lies in files until it is needed. A pass may change the constants of the quantized
+graph's current unit (and of anything behind it) while it holds the unit; the walk then runs the
+unit again, so that everything behind it sees the change.
+
+Cost for a model of any depth: one float forward and two quantized forwards.
+
+Both graphs carry the same names at the borders of units, because QDQ insertion leaves the names of
+the float tensors in place. Bodies of If, Loop and Scan run inside of their node.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.errors import PreconditionError
+from qpass.graph import Graph
+from qpass.program import Progress
+from qpass.submodel import Feeds, Submodel
+from qpass.units import Unit, split_into_units
+
+Array = NDArray[Any]
+Side = Literal["float", "quantized"]
+NEVER: Final = 1 << 60  # next use of a tensor that is an output of the graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One tensor under its names in the two graphs."""
+
+    float_name: str
+    quantized_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """What the linear op of a unit gives for one batch.
+
+    `float` and `quantized` are its outputs in the two graphs. `local` is what the float op makes of
+    the quantized graph's input (only where asked for). `also` holds the arrays of the extra pairs.
+    """
+
+    batch: int
+    float: Array
+    quantized: Array
+    local: Array | None
+    also: tuple[tuple[Array, Array], ...]
+
+
+class Stream:
+    """One walk over all units; a context manager, for it may own files.
+
+    ::
+
+        with Stream(reference, quantized, batches, memory_bytes=1 << 30) as stream:
+            for step in stream:
+                for tap in step.taps():
+                    ...  # collect
+                ...  # edit constants of the unit
+            for wanted, got in stream.outputs():
+                ...
+    """
+
+    def __init__(
+        self,
+        reference: Graph,
+        quantized: Graph,
+        batches: Sequence[Feeds],
+        *,
+        memory_bytes: int = 1 << 30,
+        optimize: bool = True,
+        threads: int | None = None,
+        stage: str = "stream",
+        progress: Progress | None = None,
+    ) -> None:
+        """Prepare the walk; nothing runs before the first step.
+
+        Args:
+            reference: the float graph; never changed.
+            quantized: the same graph after QDQ insertion; the caller may change its constants.
+            batches: inputs by name; batches may differ in any dimension but not in rank.
+            memory_bytes: activations above this many bytes go to files in a temporary folder.
+            optimize: let onnxruntime fuse ops, as it will in use; False: run node by node.
+            threads: threads of each session, None for onnxruntime's choice.
+            stage: name of the stage for `progress`.
+            progress: told after each unit (stage, units done, units in all).
+
+        Raises:
+            PreconditionError: there are no batches.
+        """
+        if not batches:
+            raise PreconditionError("streaming needs at least one batch")
+        self.reference, self.quantized, self.batches = reference, quantized, batches
+        self.units = split_into_units(reference)
+        self._options = {"optimize": optimize, "threads": threads}
+        self._stage, self._progress = stage, progress
+        self._folder = tempfile.TemporaryDirectory(prefix="qpass-stream-")
+        self._uses = _uses_of(self.units)
+        self._position = 0
+        given = {tensor.name for tensor in reference.inputs}
+        self._output_names = [
+            tensor.name for tensor in reference.outputs if tensor.inputs or tensor.name in given
+        ]
+        self.store = _Store(memory_bytes, Path(self._folder.name), self._next_use)
+
+    def __enter__(self) -> Self:
+        """Return the stream."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the files."""
+        self.store.clear()
+        self._folder.cleanup()
+
+    def _next_use(self, name: str) -> int:
+        if name in self._output_names:
+            return NEVER
+        return next((use for use in self._uses.get(name, ()) if use >= self._position), NEVER)
+
+    def feeds(self, side: Side, batch: int) -> _Feeds:
+        """Return a view of everything that is alive for one batch."""
+        return _Feeds(self.batches[batch], self.store, side, batch)
+
+    def __iter__(self) -> Iterator[Step]:
+        """Walk; each step must be used before the next one is taken."""
+        for number, unit in enumerate(self.units):
+            self._position = number
+            step = Step(self, unit)
+            yield step
+            step.finish()
+            for name in self.store.names():
+                if name not in self._output_names and self._uses[name][-1] <= number:
+                    self.store.drop(name)
+            if self._progress is not None:
+                self._progress(self._stage, number + 1, len(self.units))
+        self._position = len(self.units)
+
+    def session(self, graph: Graph, side: Side, outputs: Sequence[str]) -> Submodel:
+        """Make a session that computes `outputs` from what is alive."""
+        return Submodel(graph, self.feeds(side, 0), outputs, **self._options)
+
+    def outputs(self) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+        """Yield, after the walk, the float and the quantized graph's outputs of each batch."""
+        for batch in range(len(self.batches)):
+            wanted, got = self.feeds("float", batch), self.feeds("quantized", batch)
+            yield (
+                {name: wanted[name] for name in self._output_names},
+                {name: got[name] for name in self._output_names},
+            )
+
+
+class Step:
+    """One unit of the walk, while its constants may still change."""
+
+    def __init__(self, stream: Stream, unit: Unit) -> None:
+        """Stand in front of `unit`."""
+        self.unit = unit
+        self._stream = stream
+        self._float_done = False
+
+    def taps(
+        self,
+        quantized_tap: str | None = None,
+        *,
+        local: bool = False,
+        also: Sequence[Pair] = (),
+    ) -> Iterator[Tap]:
+        """Run the unit in both graphs and yield the outputs of its linear op, batch by batch.
+
+        Args:
+            quantized_tap: name of that output in the quantized graph where it differs.
+            local: also run the float op on the quantized graph's activations.
+            also: tensors to fetch on the way: alive, or made from what is alive.
+
+        Raises:
+            PreconditionError: the unit has no linear op, or has been run already.
+        """
+        tap, stream = self.unit.tap, self._stream
+        if tap is None or self._float_done:
+            raise PreconditionError("a unit gives the outputs of its linear op once")
+        float_names = [pair.float_name for pair in also]
+        quantized_names = [pair.quantized_name for pair in also]
+        quantized_tap = quantized_tap or tap
+        float_session = self._float_session(tap, *float_names)
+        alive = stream.feeds("quantized", 0)
+        session = stream.session(
+            stream.quantized,
+            "quantized",
+            _distinct(quantized_tap, *(name for name in quantized_names if name not in alive)),
+        )
+        local_session = (
+            stream.session(stream.reference, "quantized", [tap]) if local else None
+        )
+        for batch in range(len(stream.batches)):
+            wanted = self._run_float(float_session, batch)
+            alive = stream.feeds("quantized", batch)
+            got = session.run(alive)
+            before = stream.feeds("float", batch)
+            yield Tap(
+                batch=batch,
+                float=wanted[tap],
+                quantized=got[quantized_tap],
+                local=None if local_session is None else local_session.run(alive)[tap],
+                also=tuple(
+                    (
+                        wanted[left] if left in wanted else before[left],
+                        got[right] if right in got else alive[right],
+                    )
+                    for left, right in zip(float_names, quantized_names, strict=True)
+                ),
+            )
+        self._float_done = True
+
+    def _float_session(self, *taps: str) -> Submodel:
+        alive = self._stream.feeds("float", 0)
+        names = _distinct(*self.unit.outputs, *(name for name in taps if name not in alive))
+        return self._stream.session(self._stream.reference, "float", names)
+
+    def _run_float(self, session: Submodel, batch: int) -> dict[str, Array]:
+        results = session.run(self._stream.feeds("float", batch))
+        for name in self.unit.outputs:
+            self._stream.store.put("float", name, batch, results[name])
+        return results
+
+    def finish(self) -> None:
+        """Run what has not run yet, the quantized unit with its new constants."""
+        stream, names = self._stream, self.unit.outputs
+        if not names:
+            return
+        if not self._float_done:
+            session = self._float_session()
+            for batch in range(len(stream.batches)):
+                self._run_float(session, batch)
+            self._float_done = True
+        session = stream.session(stream.quantized, "quantized", names)
+        for batch in range(len(stream.batches)):
+            results = session.run(stream.feeds("quantized", batch))
+            for name in names:
+                stream.store.put("quantized", name, batch, results[name])
+
+
+class _Feeds(Mapping[str, Array]):
+    """The inputs of the graph and the live tensors of one side and batch, as one mapping."""
+
+    def __init__(self, inputs: Feeds, store: _Store, side: Side, batch: int) -> None:
+        self._inputs, self._store, self._side, self._batch = inputs, store, side, batch
+
+    def __getitem__(self, name: str) -> Array:
+        if name in self._inputs:
+            return self._inputs[name]
+        return self._store.get(self._side, name, self._batch)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._inputs or self._store.has(self._side, name, self._batch)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._inputs
+        yield from self._store.names()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Store:
+    """Live tensors in memory up to a budget; those needed last go to files first."""
+
+    def __init__(self, budget: int, folder: Path, next_use: Any) -> None:
+        self._budget, self._folder, self._next_use = budget, folder, next_use
+        self._held: dict[tuple[Side, str, int], Array] = {}
+        self._files: dict[tuple[Side, str, int], tuple[Path, Any, tuple[int, ...]]] = {}
+        self._bytes = 0
+        self.spilled = 0  # tensors that went to files so far
+
+    def put(self, side: Side, name: str, batch: int, array: Array) -> None:
+        """Keep one array."""
+        key = (side, name, batch)
+        self._held[key] = array
+        self._bytes += array.nbytes
+        while self._bytes > self._budget:
+            candidates = [k for k, a in self._held.items() if a.nbytes and not a.dtype.hasobject]
+            if not candidates:
+                return  # text has no fixed size and stays
+            self._spill(max(candidates, key=lambda k: (self._next_use(k[1]), k[2])))
+
+    def _spill(self, key: tuple[Side, str, int]) -> None:
+        array = self._held.pop(key)
+        self._bytes -= array.nbytes
+        path = self._folder / f"{self.spilled}.bin"
+        self.spilled += 1
+        array.tofile(path)
+        self._files[key] = (path, array.dtype, array.shape)
+
+    def has(self, side: Side, name: object, batch: int) -> bool:
+        """True when the tensor is alive."""
+        return (side, name, batch) in self._held or (side, name, batch) in self._files
+
+    def get(self, side: Side, name: str, batch: int) -> Array:
+        """Return one array: the one that was put, or a read-only map of its file."""
+        key = (side, name, batch)
+        if key in self._held:
+            return self._held[key]
+        path, dtype, shape = self._files[key]  # KeyError: not alive
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors alive."""
+        return list(dict.fromkeys(name for _, name, _ in (*self._held, *self._files)))
+
+    def drop(self, name: str) -> None:
+        """Forget a tensor in all batches of both sides."""
+        for key in [k for k in self._held if k[1] == name]:
+            self._bytes -= self._held.pop(key).nbytes
+        for key in [k for k in self._files if k[1] == name]:
+            self._files.pop(key)[0].unlink()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for name in self.names():
+            self.drop(name)
+
+
+def _uses_of(units: Sequence[Unit]) -> dict[str, list[int]]:
+    """Return for each tensor the numbers of the units that read it."""
+    uses: dict[str, list[int]] = {}
+    for number, unit in enumerate(units):
+        for name in unit.inputs:
+            uses.setdefault(name, []).append(number)
+    return uses
+
+
+def _distinct(*names: str) -> list[str]:
+    return list(dict.fromkeys(names))

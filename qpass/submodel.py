@@ -1,0 +1,120 @@
+"""Run a piece of a graph: the backward slice from some tensors to others, without a graph copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from qpass.errors import InternalError
+from qpass.graph import Constant, Graph, Node, array_of
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+
+_ERRORS_ONLY: Final = 3  # onnxruntime's log level
+
+
+def slice_nodes(
+    graph: Graph, available: Mapping[str, Any], outputs: Sequence[str]
+) -> tuple[list[Node], list[str]]:
+    """Return the nodes that make `outputs` from `available`, in order, and the inputs they use.
+
+    Raises:
+        InternalError: an output needs a tensor that is neither available nor made by a node.
+    """
+    tensors = graph.tensors()
+    wanted: dict[int, Node] = {}
+    used: dict[str, None] = {}
+    waiting = []
+    for name in outputs:
+        if name not in tensors:
+            raise InternalError(f"the graph has no tensor {name}")
+        waiting.append(tensors[name])
+    while waiting:
+        tensor = waiting.pop()
+        if isinstance(tensor, Constant) or not tensor.name:
+            continue
+        if tensor.name in available:
+            used[tensor.name] = None
+            continue
+        node = graph.producer(tensor)
+        if node is None:
+            raise InternalError(f"nothing makes {tensor.name} at this place of the walk")
+        if id(node) not in wanted:
+            wanted[id(node)] = node
+            waiting.extend((*node.inputs, *node.captured))
+    return [node for node in graph.nodes if id(node) in wanted], list(used)
+
+
+class Submodel:
+    """A session for the slice of a graph from available tensors to `outputs`.
+
+    The constants are those of the graph at this moment: after an edit, make a new one.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        available: Feeds,
+        outputs: Sequence[str],
+        *,
+        optimize: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        """Build the session.
+
+        Args:
+            graph: where the slice is taken from.
+            available: tensors that can be fed, with an array of the dtype and rank they have.
+            outputs: names of the tensors to compute.
+            optimize: let the engine fuse; False runs node by node as the graph says.
+            threads: threads of the session, None for the engine's choice.
+        """
+        nodes, inputs = slice_nodes(graph, available, outputs)
+        self.outputs = tuple(outputs)
+        self.inputs = tuple(inputs)
+        self.ops = tuple(node.op for node in nodes)
+        constants = {
+            tensor.name: tensor
+            for node in nodes
+            for tensor in (*node.inputs, *node.captured)
+            if isinstance(tensor, Constant)
+        }
+        piece = helper.make_graph(
+            [graph.proto_of(node) for node in nodes],
+            "piece",
+            [_input_info(name, available[name]) for name in inputs],
+            # Engines infer what outputs are; a wrong guess here would be an error there.
+            [onnx.ValueInfoProto(name=name) for name in outputs],
+            [numpy_helper.from_array(array_of(c), name) for name, c in constants.items()],
+        )
+        model = helper.make_model(
+            piece,
+            opset_imports=graph.header.opset_import,
+            ir_version=graph.header.ir_version,
+        )
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Compute the outputs for one batch; `feeds` may hold more than the inputs."""
+        arrays = self._session.run(list(self.outputs), {name: feeds[name] for name in self.inputs})
+        return dict(zip(self.outputs, arrays, strict=True))
+
+
+def _input_info(name: str, array: Array) -> onnx.ValueInfoProto:
+    dtype = helper.np_dtype_to_tensor_dtype(np.asarray(array).dtype)
+    return helper.make_tensor_value_info(name, dtype, [None] * np.ndim(array))

@@ -1,0 +1,78 @@
+"""Cut a graph into units: contiguous slices of the topological order, each with one linear op.
+
+A unit ends in a linear op with constant weights; what follows the last one belongs to the last
+unit. Its inputs are whatever it reads from earlier units, its outputs whatever is read later. This
+needs no single entry and no single exit, so skips, U-Nets and multi-head graphs are nothing special.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qpass.graph import LINEAR_OPS, Constant, Graph, Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One slice of the execution order.
+
+    `linear` names the op that ends the unit and `tap` its output; both are None in a graph without
+    linear ops. `inputs` and `outputs` are names of tensors, of inputs of the graph too.
+    """
+
+    linear: str | None
+    tap: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: int
+
+
+def is_weighted(node: Node) -> bool:
+    """True for a linear op whose second operand is a constant."""
+    return (
+        node.op in LINEAR_OPS
+        and node.domain in (None, "", "ai.onnx")
+        and len(node.inputs) > 1
+        and isinstance(node.inputs[1], Constant)
+        and not isinstance(node.inputs[0], Constant)
+    )
+
+
+def split_into_units(graph: Graph) -> tuple[Unit, ...]:
+    """Return the units of `graph` in execution order; the graph is not changed."""
+    slices: list[list[Node]] = [[]]
+    for node in graph.nodes:
+        slices[-1].append(node)
+        if is_weighted(node):
+            slices.append([])
+    tail = slices.pop()
+    if slices:
+        slices[-1].extend(tail)
+    elif tail:
+        slices.append(tail)
+
+    last_use: dict[str, int] = {tensor.name: len(slices) for tensor in graph.outputs}
+    for number, nodes in enumerate(slices):
+        for node in nodes:
+            for name in reads(node):
+                last_use[name] = max(last_use.get(name, 0), number)
+    return tuple(_unit(nodes, number, last_use) for number, nodes in enumerate(slices))
+
+
+def reads(node: Node) -> list[str]:
+    """Return the names of the variables that `node` reads, by its bodies too."""
+    return [t.name for t in (*node.inputs, *node.captured) if t.name and not isinstance(t, Constant)]
+
+
+def _unit(nodes: list[Node], number: int, last_use: dict[str, int]) -> Unit:
+    made = [tensor.name for node in nodes for tensor in node.outputs if tensor.name]
+    inside = set(made)
+    read = dict.fromkeys(name for node in nodes for name in reads(node))
+    linear = next((node for node in nodes if is_weighted(node)), None)
+    return Unit(
+        linear=None if linear is None else linear.name,
+        tap=None if linear is None else linear.outputs[0].name,
+        inputs=tuple(name for name in read if name not in inside),
+        outputs=tuple(name for name in made if last_use.get(name, -1) > number),
+        nodes=len(nodes),
+    )
