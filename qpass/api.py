@@ -9,18 +9,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from qpass.calibrate import collect, input_specs, open_samples, save_stats
+import onnx
+
+from qpass.calibrate import TapRequest, collect, input_specs, open_samples, save_stats
 from qpass.calibrate import shard as take_shard
 from qpass.compare import LayerDifference, compare_layers
 from qpass.errors import RecipeError
 from qpass.graph import Graph
 from qpass.modelfile import load_model, model_bytes, save_model
 from qpass.options import Options
+from qpass.passes.normalize import normalize
 from qpass.pipeline import (
     LAYER_SAMPLES,
     TIMING_SECONDS,
     Run,
     choose_method,
+    compare_engines,
     engines_for,
     held_out_samples,
     metadata_of,
@@ -112,6 +116,11 @@ def optimize(
         raise RecipeError("the result would overwrite the model", fix="choose another -o")
     run = start(source, settings)
     prepare(run)
+    if run.policy.precision.simulated:
+        run.notes.append(
+            f"SIMULATED: the engines here compute {settings.precision} in float; the numbers show "
+            "the accuracy of the integers, not their speed."
+        )
     held: list[Mapping[str, Any]] = []
     if run.policy.precision.activation is not None or data is not None:
         with run.stages.stage("samples"):
@@ -130,6 +139,7 @@ def optimize(
             save_model(run.quantized, trial, metadata=metadata_of(run))
         if _fits(run, source, note=True):
             verify_and_repair(run, trial, held)
+            compare_engines(run)
             with run.stages.stage("layers"):
                 run.layers = _layers(run, held[:LAYER_SAMPLES])
         metric = evaluate_metric(run, trial)
@@ -154,6 +164,8 @@ def _fits(run: Run, source: Path, *, note: bool = False) -> bool:
 
 
 def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
+    if not samples:
+        return []
     assert run.graph is not None
     assert run.quantized is not None
     assert run.plan is not None
@@ -206,7 +218,7 @@ def calibrate(
     settings = make_options(target=target, holdout=0.0, **options)
     run = start(Path(model), settings)
     graph = prepare(run)
-    taps = {}
+    taps: dict[str, TapRequest] = {}
     for name in [target] if target is not None else sorted(TARGETS):
         for tap in taps_of(graph, plan_for(graph, name, run.policy)):
             taps.setdefault(tap.tensor, tap)
@@ -290,6 +302,16 @@ def verify(
     return reports
 
 
+def _comparable(path: Path) -> onnx.ModelProto:
+    """Load a model; a float one in the normalized form that quantization starts from."""
+    graph = load_model(
+        path, opset=max(target.opset for target in TARGETS.values()), allow_quantized=True
+    )
+    if not any(node.op in ("QuantizeLinear", "DequantizeLinear") for node in graph.nodes):
+        normalize(graph)
+    return graph.to_model()
+
+
 def compare(
     a: str | Path,
     b: str | Path,
@@ -312,7 +334,7 @@ def compare(
     if data is None:
         raise RecipeError("a comparison needs samples", fix="give --data")
     settings = make_options(samples=samples or COMPARE_SAMPLES, preprocess=preprocess, **options)
-    models = [load_model(path, allow_quantized=True).to_model() for path in (a, b)]
+    models = [_comparable(Path(path)) for path in (a, b)]
     source = open_samples(data, input_specs(models[0]), preprocess=preprocess, seed=settings.seed)
     rows = compare_layers(models[0], models[1], islice(iter(source), settings.samples))
     if not rows:

@@ -249,7 +249,6 @@ class Graph:
             _drop(node.outputs[index].inputs, node)
             list.pop(node.outputs, index)
         self._removed.add(id(node))
-        node.removed = True  # keeps the object alive by reference until `nodes` is rebuilt
 
     def set_input(self, node: Node, index: int, tensor: Tensor) -> None:
         """Make `node` read `tensor` at `index` (appended when one past the end)."""
@@ -423,6 +422,7 @@ class Graph:
         twin.annotations, twin._value_types = self.annotations, self._value_types
         twin._before, twin._after, twin._removed = {}, {}, set()
         twin._names, twin.captured = set(self._names), self.captured
+        twin._numbers = dict(self._numbers)
         made: dict[int, Tensor] = {}
 
         def clone(tensor: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from qpass.graph import Constant, Graph, Tensor, array_of
 
 MASK_VALUE: Final = -1e4  # masks add this or less
 
-MIXERS: Final = frozenset({"Add", "Div", "Mul", "Sub", "Where"})
-CARRIERS: Final = MIXERS | {
-    "Cast", "Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile",
-    "Transpose", "Unsqueeze",
-}  # fmt: skip
+# What comes out of these holds the mask if anything that goes in does.
+CARRIERS: Final = frozenset({
+    "Add", "Cast", "Concat", "Div", "Expand", "Gather", "Identity", "Mul", "Reshape", "Slice",
+    "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
+})  # fmt: skip
 
 
 def holds_mask(tensor: Tensor) -> bool:
@@ -36,7 +36,6 @@ def masked_tensors(graph: Graph) -> frozenset[str]:
     for node in graph.nodes:
         if node.op not in CARRIERS:
             continue
-        carried = any(t.name in masked for t in node.inputs)
-        if carried or (node.op in MIXERS and any(holds_mask(t) for t in node.inputs)):
+        if any(t.name in masked or holds_mask(t) for t in node.inputs):
             masked |= {t.name for t in node.outputs if t.name}
     return frozenset(masked)

@@ -10,6 +10,7 @@ from qpass.graph import Constant, Node, Tensor, array_of
 from qpass.program import Policy
 from qpass.targets.schema import OpRule, Target
 
+DYNAMIC_BITS: Final = 8  # DynamicQuantizeLinear and MatMulInteger know no other width
 # The value of an attribute that is not written.
 DEFAULTS: Final[dict[tuple[str, str], int | str]] = {("Resize", "mode"): "nearest"}
 
@@ -74,6 +75,18 @@ def weight_axis(node: Node, rank: int) -> int:
     if node.op == "Gemm":
         return 0 if node.attrs.get("transB", 0) else 1
     return rank - 1
+
+
+def is_dynamic(node: Node, policy: Policy) -> bool:
+    """True when the range of the input is found at run time: a MatMul with a matrix of weights."""
+    weight, precision = node.inputs[1], policy.precision
+    return (
+        policy.activations == "dynamic"
+        and node.op == "MatMul"
+        and isinstance(weight, Constant)
+        and len(weight.shape) == 2
+        and (precision.weight, precision.activation) == (DYNAMIC_BITS, DYNAMIC_BITS)
+    )
 
 
 def channel_axis(node: Node) -> int:

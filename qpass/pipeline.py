@@ -25,7 +25,7 @@ from qpass.calibrate import (
     split,
 )
 from qpass.choose import QTable, choose_qtable, importance
-from qpass.errors import RecipeError
+from qpass.errors import ModelError, RecipeError
 from qpass.graph import Graph
 from qpass.modelfile import load_model, save_model
 from qpass.options import Options
@@ -45,6 +45,7 @@ from qpass.verify.repair import MAX_ROUNDS, Repair, repair_leftovers, repair_slo
 from qpass.verify.trace import trace
 from qpass.version import __version__
 
+DIALECT_LOSS_DB: Final = 3.0  # a file of another engine's dialect that loses more is warned of
 VERIFY_SAMPLES: Final = 64  # at most so many held-out samples are compared
 LAYER_SAMPLES: Final = 4
 TIMING_SECONDS: Final = 0.6  # per engine
@@ -292,7 +293,7 @@ def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -
         if not run.engines or run.engines[0].name != engines[0]:
             return  # the target's own engine refuses the file: a gate says so
         own = run.engines[0]
-        if not run.options.repair or number > MAX_ROUNDS or run.target.engine == "none":
+        if not _may_repair(run) or number > MAX_ROUNDS:
             break
         repair = repair_leftovers(own)
         if repair is None and own.name == "ort" and reference.feeds:
@@ -300,14 +301,40 @@ def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -
                 repair = repair_slow(own, _slower_nodes(run, path, reference, own))
         if repair is None:
             break
-        _apply(run, repair, path)
+        try:
+            _apply(run, repair, path)
+        except ModelError:  # nothing would be left in integers: the file stays as it is
+            run.rounds.append(f"round {number}: {repair.sentence} Given up: nothing would be left.")
+            break
         run.rounds.append(f"round {number}: {repair.sentence}")
+
+
+def compare_engines(run: Run) -> None:
+    """Warn when another engine computes the file much worse than the one that it is for."""
+    own = run.engines[0] if run.engines else None
+    for other in run.engines[1:]:
+        if own is None or own.sqnr_db is None or other.sqnr_db is None:
+            continue
+        if other.sqnr_db < own.sqnr_db - DIALECT_LOSS_DB:
+            run.notes.append(
+                f"{other.name} computes this file with {other.sqnr_db:.1f} dB, {own.name} with "
+                f"{own.sqnr_db:.1f} dB: it is for {own.name} only"
+            )
+
+
+def _may_repair(run: Run) -> bool:
+    """Repair only what the engine was meant to run in integers."""
+    precision = run.policy.precision
+    if precision.simulated or run.target.engine == "none" or not run.options.repair:
+        return False
+    return precision.activation is not None
 
 
 def _check_all(
     run: Run, engines: list[EngineName], path: Path, reference: Reference, folder: Path
 ) -> tuple[list[EngineReport], dict[str, str]]:
-    reports, failures = [], {}
+    reports: list[EngineReport] = []
+    failures: dict[str, str] = {}
     for engine in engines:
         try:
             reports.append(
@@ -328,8 +355,9 @@ def _check_all(
 
 def _apply(run: Run, repair: Repair, path: Path) -> None:
     assert run.graph is not None
-    run.policy = replace(run.policy, float_nodes={**run.policy.float_nodes, **repair.float_nodes})
-    run.plan = make_plan(run.graph, run.target, run.policy)
+    policy = replace(run.policy, float_nodes={**run.policy.float_nodes, **repair.float_nodes})
+    run.plan = make_plan(run.graph, run.target, policy)
+    run.policy = policy
     quantize(run)
     assert run.quantized is not None
     with run.stages.stage("write"):

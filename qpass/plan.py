@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from qpass.errors import RecipeError
 from qpass.qparams import TensorSpec
 
 SCHEMA: Final = 1
 
-NodePrecision = Literal["integer", "passthrough", "float"]
+# weights: stored in integers, computed in float. passthrough: integers move, nothing is computed.
+NodePrecision = Literal["integer", "weights", "passthrough", "float"]
 DecisionKind = Literal["activation", "weight", "constant"]
 
 
@@ -136,7 +137,7 @@ def read_plan(path: Path) -> PlanFile:
         for node in data["nodes"]:
             if node["precision"] == "float":
                 float_nodes[node["name"]] = node["because"]
-            elif node["precision"] not in ("integer", "passthrough"):
+            elif node["precision"] not in get_args(NodePrecision):
                 raise RecipeError(
                     f"precision {node['precision']!r} of node {node['name']}",
                     where=str(path),

@@ -24,6 +24,7 @@ from qpass.matching import (
     data_inputs,
     data_outputs,
     is_absorbable,
+    is_dynamic,
     is_float32,
     match_rule,
     weight_axis,
@@ -34,7 +35,6 @@ from qpass.qparams import TensorSpec
 from qpass.targets.schema import OpRule, Target, with_bits
 
 NONNEGATIVE_OPS: Final = frozenset({"Softmax", "Relu", "Sigmoid", "HardSigmoid"})
-DYNAMIC_BITS: Final = 8  # DynamicQuantizeLinear and MatMulInteger know no other width
 
 
 def plan(graph: Graph, target: Target, policy: Policy) -> Plan:
@@ -85,7 +85,6 @@ class _Planner:
     policy: Policy
     full: bool = field(init=False)  # every op that can, inputs and outputs included
     masked: frozenset[str] = field(init=False)  # tensors with attention masks
-    captured: frozenset[int] = field(init=False)  # ids of tensors that control flow bodies read
     rules: dict[int, OpRule] = field(default_factory=dict)  # id(node) -> rule that applies
     reasons: dict[int, str] = field(default_factory=dict)  # id(node) -> because
     precision: dict[int, NodePrecision] = field(default_factory=dict)
@@ -101,7 +100,6 @@ class _Planner:
     def __post_init__(self) -> None:
         self.full = self.target.scheme == "full" and self.policy.precision.activation is not None
         self.masked = masked_tensors(self.graph)
-        self.captured = frozenset(id(t) for node in self.graph.nodes for t in node.captured)
 
     # ------------------------------------------------------------------ decisions
 
@@ -142,8 +140,10 @@ class _Planner:
         if isinstance(weight, Constant):
             self._take_weight(node, weight, rule)
         if self.policy.precision.activation is None:
+            self.precision[id(node)] = "weights"
+            self.reasons[id(node)] = f"{because}: integer weights, float activations"
             return
-        if self._is_dynamic(node, weight):
+        if is_dynamic(node, self.policy):
             self.reasons[id(node)] = f"{because}: range of the input at run time"
             return
         if isinstance(weight, Constant):
@@ -158,16 +158,6 @@ class _Planner:
             out = self._fused_output(node, rule)
             self.resident[out.name] = f"{because}: fuses only with a Q behind it"
             self.axes[out.name] = channel_axis(node)
-
-    def _is_dynamic(self, node: Node, weight: Tensor) -> bool:
-        precision = self.policy.precision
-        return (
-            self.policy.activations == "dynamic"
-            and node.op == "MatMul"
-            and isinstance(weight, Constant)
-            and len(weight.shape) == 2
-            and (precision.weight, precision.activation) == (DYNAMIC_BITS, DYNAMIC_BITS)
-        )
 
     def _take_weight(self, node: Node, weight: Constant, rule: OpRule) -> None:
         assert rule.weight is not None
@@ -222,7 +212,9 @@ class _Planner:
     def _fused_output(self, node: Node, rule: OpRule) -> Tensor:
         """Return the tensor behind `node` and the activation that fuses with its Q."""
         out = node.outputs[0]
-        if len(out.outputs) != 1 or self.graph.is_output(out) or id(out) in self.captured:
+        if len(out.outputs) != 1 or self.graph.is_output(out):
+            return out
+        if out.name in self.graph.captured:  # a body of control flow reads it as well
             return out
         follower: Node = out.outputs[0]
         kept = self.policy.reason_to_keep(follower.name) is not None
@@ -318,7 +310,11 @@ class _Planner:
         if sorted(direct) != [False, True] or any(isinstance(t, Constant) for t in node.inputs):
             self.reasons[id(node)] = f"rule {self.target.name}/{node.op}: not a residual Add"
             return
-        self._request(node, direct.index(False), rule.activation)
+        skip = direct.index(False)
+        if node.inputs[skip].name in self.masked:
+            self.reasons[id(node)] = f"rule {self.target.name}/{node.op}: adds an attention mask"
+            return
+        self._request(node, skip, rule.activation)
         self.precision[id(node)] = "passthrough"
         self.reasons[id(node)] = f"rule {self.target.name}/{node.op}: Q on the skip input"
 

@@ -41,6 +41,11 @@ class Precision:
             raise RecipeError(f"{activation}-bit activations are not supported", fix="a2 to a16")
         return cls(weight=weight, activation=activation)
 
+    @property
+    def simulated(self) -> bool:
+        """True when the CPU engines compute it in float: they multiply 8-bit integers only."""
+        return self.activation is not None and (self.activation > 8 or self.weight <= 4)
+
     def __str__(self) -> str:
         return f"w{self.weight}" + ("" if self.activation is None else f"a{self.activation}")
 

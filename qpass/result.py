@@ -38,6 +38,10 @@ WORST_HISTOGRAMS: Final = 12
 # than this, and below this floor, a fusion has miscomputed.
 OPTIMIZER_MARGIN_DB: Final = 3.0
 OPTIMIZER_FLOOR_DB: Final = 25.0
+# Nodes with integer weights compute in float: the map shows where integers are multiplied.
+MAP_CLASS: Final = {
+    "integer": "integer", "weights": "float", "passthrough": "passthrough", "float": "float",
+}  # fmt: skip
 QDQ: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -128,7 +132,7 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
 def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
     left = sum(op.planned for op in own.float_ops)
     gates = []
-    if run.target.engine != "none":
+    if run.target.engine != "none" and not run.policy.precision.simulated:
         gates.append(
             Gate(
                 name=f"{own.name}: planned ops in integers",
@@ -182,7 +186,7 @@ def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gat
         metric=metric,
         histograms=_histograms(run),
         graph_map=tuple(
-            MapNode(name=n.name, op=n.op, precision=n.precision, because=n.because)
+            MapNode(name=n.name, op=n.op, precision=MAP_CLASS[n.precision], because=n.because)
             for n in run.plan.nodes
         ),
         rounds=tuple(run.rounds),

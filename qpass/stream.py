@@ -203,9 +203,7 @@ class Step:
             "quantized",
             _distinct(quantized_tap, *(name for name in quantized_names if name not in alive)),
         )
-        local_session = (
-            stream.session(stream.reference, "quantized", [tap]) if local else None
-        )
+        local_session = stream.session(stream.reference, "quantized", [tap]) if local else None
         for batch in range(len(stream.batches)):
             wanted = self._run_float(float_session, batch)
             alive = stream.feeds("quantized", batch)

@@ -61,7 +61,9 @@ def split_into_units(graph: Graph) -> tuple[Unit, ...]:
 
 def reads(node: Node) -> list[str]:
     """Return the names of the variables that `node` reads, by its bodies too."""
-    return [t.name for t in (*node.inputs, *node.captured) if t.name and not isinstance(t, Constant)]
+    return [
+        t.name for t in (*node.inputs, *node.captured) if t.name and not isinstance(t, Constant)
+    ]
 
 
 def _unit(nodes: list[Node], number: int, last_use: dict[str, int]) -> Unit:

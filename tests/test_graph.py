@@ -169,21 +169,21 @@ def test_2_disagreement_of_tensor_and_node_is_a_bug() -> None:
         graph.set_input(first, 0, graph.variable("other"))
 
 
-def test_2_editing_20_000_nodes_is_linear() -> None:
-    """Comparing nodes by structure made this quadratic: minutes instead of a second."""
-    count = 20_000
+def test_2_editing_is_linear() -> None:
+    """Comparing nodes by structure made this quadratic: seconds for a graph of this size."""
+    count = 5_000
     nodes = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"], name=f"n{i}") for i in range(count)]
     info = [helper.make_tensor_value_info(f"t{i}", TensorProto.FLOAT, [1]) for i in (0, count)]
     model = helper.make_model(helper.make_graph(nodes, "long", info[:1], info[1:]))
     graph = Graph(model)
-    begin = time.perf_counter()
+    begin = time.process_time()
     for node in list(graph.nodes):
         new = graph.variable("u", np.float32, [1])
         graph.add(graph.make("Neg", [node.inputs[0]], [new], name="neg"), before=node)
         graph.set_input(node, 0, new)
     graph.sort()
     assert len(graph.nodes) == 2 * count
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 2.5
 
 
 # ------------------------------------------------------------------ 3: places and order
@@ -288,8 +288,9 @@ def test_5_metadata_domains_and_doc_strings_survive() -> None:
     )
     graph.quantization_annotation.add(tensor_name="x")
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    header: dict[str, Any] = {"producer_name": "p", "producer_version": "2", "domain": "d"}
     model = helper.make_model(
-        graph, opset_imports=opsets, ir_version=10, producer_name="p", doc_string="of the model"
+        graph, opset_imports=opsets, ir_version=10, model_version=3, doc_string="doc", **header
     )
     model.metadata_props.add(key="author", value="me")
     assert Graph(model).to_model() == model

@@ -37,9 +37,11 @@ class Writer:
         self._random = np.random.default_rng(seed)
 
     def weight(self, name: str, rows: int, columns: int) -> str:
-        """Write a (rows, columns) matrix of variance 1 / rows."""
+        """Write a (rows, columns) matrix of variance 1 / rows; less than a page stays inside."""
         values = self._random.standard_normal((rows, columns), dtype=np.float32)
         values *= np.float32(rows**-0.5)
+        if values.nbytes < ALIGNMENT:
+            return self.constant(name, values)
         self._stream.write(b"\0" * (-self._stream.tell() % ALIGNMENT))
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[rows, columns])
         tensor.data_location = TensorProto.EXTERNAL

@@ -1,9 +1,9 @@
 """Run the float model once over the samples and observe the tensors that were asked for.
 
 Tapped tensors become graph outputs of one onnxruntime session with its default optimizations. What
-a batch produces is observed and dropped; while the engine computes the next batch, a thread looks
-at the last one (numpy works without Python's lock). So memory holds the tapped tensors of two
-batches, whatever the number of samples.
+a batch produces is observed and dropped; while the engine computes a batch, one thread looks at the
+last one and one reads the next (numpy and image decoders work without Python's lock). So memory
+holds the tapped tensors of two batches, whatever the number of samples.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class _Job:
             with _Observers(group, self) as observers:
                 done = observers.resume(part)
                 rest = batches(self.samples.view(done), batch_size, self.samples.inputs)
-                for count, feeds in rest:
+                for count, feeds in observers.read_ahead(rest):
                     observers.look(engine, count, feeds, done)
                     done += count
                     if progress is not None:
@@ -197,12 +197,12 @@ class _Engine:
 
 
 class _Observers:
-    """The observers of a group of taps, and the thread in which they look."""
+    """The observers of a group of taps, and the threads that read and observe."""
 
     def __init__(self, taps: Sequence[TapRequest], job: _Job) -> None:
         self.taps, self.job = taps, job
         self.observers = {tap.tensor: tap.observer() for tap in taps}
-        self.thread = ThreadPoolExecutor(1)
+        self.thread, self.reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -210,6 +210,14 @@ class _Observers:
 
     def __exit__(self, *_: object) -> None:
         self.thread.shutdown()
+        self.reader.shutdown()
+
+    def read_ahead(self, rest: Iterator[tuple[int, Feeds]]) -> Iterator[tuple[int, Feeds]]:
+        """Yield batches; the next one is read (images: decoded) while the engine works."""
+        coming = self.reader.submit(next, rest, None)
+        while (batch := coming.result()) is not None:
+            coming = self.reader.submit(next, rest, None)
+            yield batch
 
     def resume(self, part: Checkpoint | None) -> int:
         """Take over what an interrupted run has done; return its number of samples."""

@@ -65,7 +65,7 @@ def solve_range(
             lower end of the other side).
 
     Returns:
-        The range, which includes 0.
+        The range, which includes 0; of a symmetric spec the larger end counts.
 
     Raises:
         RecipeError: unknown method, or percentile not in (50, 100].
@@ -89,7 +89,7 @@ def solve_range(
         return minmax if method == "auto" else replace(minmax, method=method)
     choices = []
     if method in ("percentile", "mse", "auto"):
-        ends = _percentile(counted, stats, spec, percentile / 100)
+        ends = _percentile(counted, stats, percentile / 100)
         choices.append(_choice(density, spec, "percentile", ends))
     if method in ("entropy", "mse", "auto"):
         choices.append(_choice(density, spec, "entropy", _entropy(counted, spec, low, high)))
@@ -129,21 +129,17 @@ def _choice(
     return RangeChoice(low=float(ends[0]), high=float(ends[1]), method=method, mse=mse)
 
 
-def _percentile(
-    density: Density, stats: TensorStats, spec: TensorSpec, share: float
-) -> tuple[float, float]:
+def _percentile(density: Density, stats: TensorStats, share: float) -> tuple[float, float]:
     zeros = stats.histogram.zeros
     low = min(density.quantile(1 - share, zeros), 0.0)
     high = max(density.quantile(share, zeros), 0.0)
     if low == high:  # all but a few elements are 0
         return min(stats.low, 0.0), max(stats.high, 0.0)
-    return (-max(-low, high), max(-low, high)) if spec.symmetric else (low, high)
+    return low, high
 
 
 def _search(density: Density, spec: TensorSpec, low: float, high: float) -> tuple[float, float]:
     """Return the range of the smallest error: a grid of shares of both ends, then finer ones."""
-    if spec.symmetric:
-        low, high = -max(-low, high), max(-low, high)
     together = spec.symmetric or low == 0.0 or high == 0.0
     below = above = np.geomspace(SMALLEST_SHARE, 1.0, GRID)
     for zoom in range(ZOOMS + 1):
@@ -171,8 +167,6 @@ def _around(shares: Array, chosen: float) -> Array:
 
 def _entropy(density: Density, spec: TensorSpec, low: float, high: float) -> tuple[float, float]:
     """Return the range of the smallest Kullback-Leibler divergence; the widest of equals."""
-    if spec.symmetric:
-        low, high = -max(-low, high), max(-low, high)
     shares = np.geomspace(SMALLEST_SHARE, 1.0, 2 * GRID)
     below = above = shares
     if not spec.symmetric and low < 0.0 < high:

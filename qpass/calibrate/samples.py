@@ -243,8 +243,7 @@ def split(samples: Samples, calibration: int | None, holdout: float) -> tuple[Sa
     """
     if calibration is not None:
         wanted = calibration + _ceil(calibration * holdout)
-        # One more than wanted tells a source that is exhausted from one that goes on.
-        found = samples.available(max(wanted, calibration + 1))
+        found = samples.available(wanted)
         if found > calibration:
             return samples.view(0, calibration), samples.view(calibration, min(found, wanted))
     else:
@@ -256,7 +255,7 @@ def split(samples: Samples, calibration: int | None, holdout: float) -> tuple[Sa
 
 
 def _ceil(value: float) -> int:
-    # 30 * 0.1 is a little more than 3.
+    # 100 * 0.07 is a little more than 7.
     return math.ceil(value - 1e-9)
 
 

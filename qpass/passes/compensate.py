@@ -29,7 +29,7 @@ from qpass.graph import Constant, Graph, Node
 from qpass.passes.channel_affine import Array, GatedAffine, PairMoments, merge_all, solve_gated
 from qpass.passes.fold_affine import Site, find_site, fold
 from qpass.program import Progress
-from qpass.report.model import LayerReport, PassReport, Refusal
+from qpass.report.model import PassReport, Refusal
 from qpass.stream import Pair, Step, Stream
 from qpass.submodel import Feeds, Submodel
 from qpass.verify.metrics import CAP_DB, ErrorMeter
@@ -37,6 +37,7 @@ from qpass.verify.metrics import CAP_DB, ErrorMeter
 Method = Literal["cwac", "bias"]
 Target = Literal["global", "local"]
 GROUPS: Final = 8
+POSITIONS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,22 +213,35 @@ def _measure(
     fit, held = list[PairMoments](), PairMoments.empty(site.channels)
     also = () if skip is None else (skip,)
     for tap in step.taps(site.tap, local=target == "local", also=also):
-        wanted: Array = tap.float if tap.local is None else tap.local
-        if tap.also:
-            skip_float, skip_quantized = tap.also[0]
-            wanted = wanted + (skip_float - skip_quantized)
-        parts = min(GROUPS, wanted.shape[0])
+        got = thinned(tap.quantized)
+        wanted = thinned(tap.float if tap.local is None else tap.local)
+        for skip_float, skip_quantized in tap.also:
+            wanted = wanted + (thinned(skip_float) - thinned(skip_quantized))
+        parts = min(GROUPS, len(got))
         groups = [
-            PairMoments.of(a, t, axis=site.axis)
-            for a, t in zip(
-                np.array_split(tap.quantized, parts), np.array_split(wanted, parts), strict=True
-            )
+            PairMoments.of(*pair, axis=site.axis)
+            for pair in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
         ]
         if tap.batch < first_held:
             fit.extend(groups)
         else:
             held = held.merge(merge_all(groups))
     return fit, held
+
+
+def thinned(x: Array) -> Array:
+    """Return at most about `POSITIONS` positions of each map of a [N, C, ...] array, as [N, C, P].
+
+    The stride has no common factor with the width, so that it does not keep to some columns: the
+    borders of a map, where padding shows, get their share.
+    """
+    if x.ndim < 4:
+        return x
+    flat = x.reshape(*x.shape[:2], -1)
+    stride = -(-flat.shape[-1] // POSITIONS)
+    while stride > 1 and math.gcd(stride, x.shape[-1]) > 1:
+        stride += 1
+    return flat[..., ::stride]
 
 
 def _skip_of(

@@ -13,6 +13,7 @@ Preconditions
 from __future__ import annotations
 
 import numpy as np
+from onnx import TensorProto
 
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.report.model import PassReport, Refusal
@@ -70,15 +71,16 @@ def _rewrite(
     # A zero point per column would keep the fusion away; symmetric weights need only one.
     zero = graph.constant(f"{name}_zero_point", array_of(zero_point).ravel()[:1].reshape(()))
     weight_scale = graph.constant(f"{name}_weight_scale", array_of(scale))
-    before = {"before": node}
-    graph.add(
-        graph.make(
-            "MatMulInteger", [stored, weight, x_zero_point, zero], [product], name=f"{name}_integer"
-        ),
-        **before,
-    )
-    graph.add(graph.make("Cast", [product], [cast], name=f"{name}_cast", attrs={"to": 1}), **before)
-    graph.add(graph.make("Mul", [x_scale, weight_scale], [scales], name=f"{name}_scales"), **before)
     graph.remove(node)
-    final = graph.make("Mul", [cast, scales], [out], name=f"{name}_dynamic")
-    graph.add(final, after=node)
+    # The product keeps the name of the MatMul: it is the op that the plan speaks of.
+    product_node = graph.make(
+        "MatMulInteger", [stored, weight, x_zero_point, zero], [product], name=f"{name}_integer"
+    )
+    product_node.name = name
+    cast_node = graph.make(
+        "Cast", [product], [cast], name=f"{name}_cast", attrs={"to": TensorProto.FLOAT}
+    )
+    scale_node = graph.make("Mul", [x_scale, weight_scale], [scales], name=f"{name}_scales")
+    final = graph.make("Mul", [cast, scales], [out], name=f"{name}_scaled")
+    for new in (product_node, cast_node, scale_node, final):
+        graph.add(new, before=node)

@@ -30,11 +30,10 @@ def insert_qdq(graph: Graph, plan: Plan, qparams: Mapping[str, QParams]) -> Pass
     """Insert every decision of `plan` into `graph`; `changed` counts the tensors."""
     tensors = graph.tensors()
     nodes = {node.name: node for node in graph.nodes}
-    captured = frozenset(id(t) for node in graph.nodes for t in node.captured)
     for decision in plan.decisions:
         numbers, tensor = qparams[decision.key], tensors[decision.tensor]
         if decision.kind == "activation":
-            keep_name = graph.is_output(tensor) or id(tensor) in captured
+            keep_name = graph.is_output(tensor) or tensor.name in graph.captured
             _insert_pair(graph, nodes, decision, tensor, numbers, keep_name=keep_name)
         else:
             _insert_constant(graph, nodes, decision, tensor, numbers)
@@ -43,25 +42,30 @@ def insert_qdq(graph: Graph, plan: Plan, qparams: Mapping[str, QParams]) -> Pass
     return PassReport(name="insert_qdq", changed=len(plan.decisions))
 
 
-def scale_and_zero_point(graph: Graph, name: str, numbers: QParams) -> tuple[Constant, Constant]:
-    """Make the constants of one pair."""
-    scale = graph.constant(f"{name}_scale", numbers.scale)
-    return scale, graph.constant(f"{name}_zero_point", numbers.zero_point)
+def dequantize_node(
+    graph: Graph,
+    source: Tensor,
+    out: Tensor,
+    numbers: QParams,
+    name: str,
+    constants: tuple[Constant, Constant] | None = None,
+) -> Node:
+    """Make the DequantizeLinear from `source` to `out`; the axis is always written.
 
-
-def dequantize_node(graph: Graph, source: Tensor, out: Tensor, numbers: QParams, name: str) -> Node:
-    """Make the DequantizeLinear from `source` to `out`; the axis is always written."""
+    `constants` are scale and zero point where they exist already.
+    """
     attrs = {} if numbers.axis is None else {"axis": numbers.axis}
     if numbers.block_size is not None:
         attrs["block_size"] = numbers.block_size
-    scale, zero_point = scale_and_zero_point(graph, name, numbers)
+    inputs = [source, *(constants or _scale_and_zero_point(graph, name, numbers))]
     return graph.make(
-        "DequantizeLinear",
-        [source, scale, zero_point],
-        [out],
-        name=f"{name}_DequantizeLinear",
-        attrs=attrs,
+        "DequantizeLinear", inputs, [out], name=f"{name}_DequantizeLinear", attrs=attrs
     )
+
+
+def _scale_and_zero_point(graph: Graph, name: str, numbers: QParams) -> tuple[Constant, Constant]:
+    scale = graph.constant(f"{name}_scale", numbers.scale)
+    return scale, graph.constant(f"{name}_zero_point", numbers.zero_point)
 
 
 def _insert_pair(
@@ -92,14 +96,10 @@ def _insert_pair(
     stored = graph.variable(
         f"{decision.key}_quantized", np.dtype(numbers.storage.numpy), tensor.shape
     )
-    scale, zero_point = scale_and_zero_point(graph, decision.key, numbers)
-    q = graph.make(
-        "QuantizeLinear",
-        [tensor, scale, zero_point],
-        [stored],
-        name=f"{decision.key}_QuantizeLinear",
-    )
-    dq = dequantize_node(graph, stored, restored, numbers, decision.key)
+    constants = _scale_and_zero_point(graph, decision.key, numbers)
+    name = f"{decision.key}_QuantizeLinear"
+    q = graph.make("QuantizeLinear", [tensor, *constants], [stored], name=name)
+    dq = dequantize_node(graph, stored, restored, numbers, decision.key, constants)
     for node, index in readers:
         graph.set_input(node, index, restored)
     if producer is not None:

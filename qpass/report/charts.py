@@ -109,18 +109,6 @@ def histogram_chart(histogram: TensorHistogram) -> Figure:
         _bars("in range", bars, bars.inside, BLUE),
         _bars("clipped", bars, bars.clipped, RED),
     ]
-    shade = {
-        "type": "rect",
-        "x0": histogram.low,
-        "x1": histogram.high,
-        "y0": 0,
-        "y1": 1,
-        "yref": "paper",
-        "layer": "below",
-        "fillcolor": GREEN,
-        "opacity": 0.16,
-        "line": {"width": 1.5, "color": GREEN},
-    }
     layout = _layout(
         height=240,
         margin={"l": 56, "r": 12, "t": 12, "b": 40},
@@ -133,7 +121,17 @@ def histogram_chart(histogram: TensorHistogram) -> Figure:
             "exponentformat": "power",
         },
     )
-    return {"data": data, "layout": layout | {"barmode": "overlay", "shapes": [shade]}}
+    return {"data": data, "layout": layout | {"barmode": "overlay", "shapes": _shade(histogram)}}
+
+
+def _shade(histogram: TensorHistogram) -> list[dict[str, Any]]:
+    if not (math.isfinite(histogram.low) and math.isfinite(histogram.high)):
+        return []
+    edge = {"width": 1.5, "color": GREEN}
+    vertical = {"y0": 0, "y1": 1, "yref": "paper", "layer": "below"}
+    horizontal = {"x0": histogram.low, "x1": histogram.high}
+    look = {"fillcolor": GREEN, "opacity": 0.16, "line": edge}
+    return [{"type": "rect", **horizontal, **vertical, **look}]
 
 
 def _bars(name: str, bars: Bars, counts: Sequence[int], colour: str) -> dict[str, Any]:
@@ -194,7 +192,6 @@ def _layout(*, height: int, **extra: Any) -> dict[str, Any]:
         "legend": legend,
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "margin": {"l": 56, "r": 16, "t": 32, "b": 56},
-        "modebar": {"bgcolor": clear, "color": GREY, "activecolor": BLUE},
         **{
             name: {"automargin": True, **value} if name.endswith("axis") else value
             for name, value in extra.items()

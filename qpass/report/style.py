@@ -35,7 +35,7 @@ section {
   margin: 0 0 16px; padding: 16px 20px; background: var(--card); border: 1px solid var(--edge);
   border-radius: 10px; overflow-x: auto;
 }
-.cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); }
 .card {
   padding: 12px 16px; background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
 }

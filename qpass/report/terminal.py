@@ -12,7 +12,6 @@ from typing import Final
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +21,8 @@ from qpass.report.model import Report
 MAX_LEFTOVERS: Final = 12
 MAX_NAMES: Final = 3
 MAX_LAYERS: Final = 5
-QUANTITY: Final = re.compile(r"-|exact|-?[\d.]+( of \d+)?( ?(dB|ms|s|min|x|%))?")
+INDENT: Final = "  "
+QUANTITY: Final = re.compile(r"-|exact|-?[\d.]+( (of|->) [\d.]+)?( ?(dB|ms|s|min|x))?")
 
 
 def print_table(
@@ -30,19 +30,18 @@ def print_table(
 ) -> None:
     """Print `rows` under `columns`; long cells are folded, never cut; quantities go right."""
     table = Table(
-        title=_text(title, "bold"),
-        title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for index, column in enumerate(columns):
         quantities = bool(rows) and all(QUANTITY.fullmatch(row[index]) for row in rows)
-        table.add_column(
-            _text(column), overflow="fold", justify="right" if quantities else "left"
-        )
+        table.add_column(_text(column), overflow="fold", justify="right" if quantities else "left")
     for row in rows:
         table.add_row(*(_text(cell) for cell in row))
+    if title:
+        console.print(_text(title, "bold"))
     console.print(table, highlight=False)
     console.print()
 
@@ -74,8 +73,10 @@ def _print_lines(console: Console, title: str, lines: Iterator[Text]) -> None:
         return
     console.print(_text(title, "bold"))
     for line in found:
-        line.overflow = "fold"
-        console.print(Padding(line, (0, 0, 0, 2)))
+        # Wrapped here and not by rich's Padding, which would fill each line with spaces.
+        for row in line.wrap(console, max(console.width - len(INDENT), 1), overflow="fold"):
+            row.rstrip()
+            console.print(Text.assemble(INDENT, row), highlight=False)
     console.print()
 
 

@@ -20,7 +20,9 @@ def visible(text: str) -> str:
     terminal, and half a surrogate pair cannot be written as UTF-8.
     """
     return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode("ascii")
+        char
+        if char.isprintable() or char == "\n"
+        else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
 

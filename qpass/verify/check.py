@@ -132,7 +132,7 @@ def _optimizer_diff(
     reference: Reference,
     session_config: Mapping[str, str] | None,
 ) -> float | None:
-    """SQNR of the engine with optimizations on against off: a fusion that miscomputes shows here."""
+    """SQNR of optimizations on against off: a fusion that miscomputes shows here."""
     if engine != "ort" or not reference.feeds:
         return None
     plain = open_engine(engine, quantized, optimize=False, session_config=session_config, threads=0)
@@ -165,8 +165,10 @@ def _float_ops(
             continue
         if name in wanted or plan is None:
             rule, reason = diagnosis.explain(engine, name)
-        else:
+        elif name in decided:
             rule, reason = decided[name].rule or "plan", decided[name].because
+        else:
+            continue
         rows.append(
             FloatOp(node=name, op=node.op_type, rule=rule, reason=reason, planned=name in wanted)
         )
@@ -174,6 +176,8 @@ def _float_ops(
     rows += [
         FloatOp(node=node.name, op=node.op, rule=node.rule or "plan", reason=node.because)
         for node in decided.values()
-        if node.precision == "float" and node.op not in QUIET_OPS and node.name not in listed
+        if node.precision in ("float", "weights")
+        and node.op not in QUIET_OPS
+        and node.name not in listed
     ]
     return tuple(rows)

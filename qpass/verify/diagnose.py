@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 # Beside these, an engine's CPU kernels take 8-bit integers only.
-NARROW_TYPES: Final = {
+NARROW_TYPES: Final[dict[int, str]] = {
     TensorProto.INT4: "int4",
     TensorProto.UINT4: "uint4",
     TensorProto.INT16: "int16",
@@ -46,13 +46,14 @@ class Diagnosis:
         for stored in types:
             if stored in NARROW_TYPES:
                 return rule, f"the engine has no {NARROW_TYPES[stored]} kernel for this op"
-        checks = self._ort_reason if engine == "ort" else self._openvino_reason
-        reason = checks(node, types, [dq for dq in dequantizers if dq is not None])
+        reason = (
+            self._ort_reason(node, types)
+            if engine == "ort"
+            else self._openvino_reason([dq for dq in dequantizers if dq is not None])
+        )
         return rule, reason or "no rule that we know explains it; please report the model"
 
-    def _ort_reason(
-        self, node: onnx.NodeProto, types: list[int], dequantizers: list[onnx.NodeProto]
-    ) -> str:
+    def _ort_reason(self, node: onnx.NodeProto, types: list[int]) -> str:
         if types[0] == TensorProto.INT8 and types[1] == TensorProto.UINT8:
             return "int8 activations need int8 weights"
         if node.op_type == "ConvTranspose":
@@ -83,9 +84,7 @@ class Diagnosis:
             return "input and output have different integer types"
         return ""
 
-    def _openvino_reason(
-        self, node: onnx.NodeProto, _types: list[int], dequantizers: list[onnx.NodeProto]
-    ) -> str:
+    def _openvino_reason(self, dequantizers: list[onnx.NodeProto]) -> str:
         for side, dq in zip(("left", "right"), dequantizers, strict=True):
             both_activations = dequantizers[1].input[0] not in self.constants
             if side == "left" and not both_activations:

@@ -96,8 +96,9 @@ def test_little_memory_takes_smaller_batches_then_more_passes(model):
 
 @pytest.mark.parametrize("shards", [1, 3, 50])
 def test_shards_in_an_executor_give_the_same(model, shards):
-    samples = samples_of(model)
+    samples = samples_of(model, lengths=(3000,))  # more than an observer looks at
     wanted = collect(model, TAPS, samples)
+    assert wanted.stats["a"].sampled < wanted.stats["a"].count
     with ThreadPoolExecutor(2) as executor:
         result = collect(model, TAPS, samples, threads=shards, executor=executor)
     assert result.samples == 20

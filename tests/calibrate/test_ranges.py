@@ -154,6 +154,11 @@ def test_entropy_and_percentile_cut_off_a_lonely_outlier():
     assert solve_range(stats, SPECS["u8"], "minmax").high == 400.0
 
 
+def test_entropy_does_not_take_two_spikes_for_alike():
+    stats = stats_of(SHAPES["far"](np.random.default_rng(8)))
+    assert solve_range(stats, SPECS["u8"], "entropy").high > 5.8
+
+
 def test_percentile_is_the_quantile():
     values = np.random.default_rng(6).random(ELEMENTS)
     choice = solve_range(stats_of(values), SPECS["u8"], "percentile", percentile=90.0)

@@ -260,7 +260,7 @@ def _divided_hard_swish(graph: Graph, node: Node) -> Tensor | None:
 
 
 def recognize_layer_norm(graph: Graph) -> FoldResult:
-    """Recognize (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * gain + bias over the last axis."""
+    """Recognize (x - m) / sqrt(mean((x - m)^2) + epsilon) * gain + bias over the last axis."""
     result = FoldResult()
     if graph.opset < 17:
         return result
