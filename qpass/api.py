@@ -170,7 +170,9 @@ def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
     assert run.quantized is not None
     assert run.plan is not None
     integer = run.plan.integer_nodes()
-    rows = compare_layers(run.graph.to_model(), run.quantized.to_model(), samples)
+    rows = compare_layers(
+        run.graph.to_model(inline=True), run.quantized.to_model(inline=True), samples
+    )
     return [
         LayerReport(
             name=row.name,
@@ -224,7 +226,7 @@ def calibrate(
             taps.setdefault(tap.tensor, tap)
     samples, _ = open_data(run, data)
     result = collect(
-        graph.to_model(),
+        graph.to_model(inline=True),
         list(taps.values()),
         take_shard(samples, *shard) if shard[1] > 1 else samples,
         batch_size=settings.batch_size,
@@ -309,7 +311,7 @@ def _comparable(path: Path) -> onnx.ModelProto:
     )
     if not any(node.op in ("QuantizeLinear", "DequantizeLinear") for node in graph.nodes):
         normalize(graph)
-    return graph.to_model()
+    return graph.to_model(inline=True)
 
 
 def compare(

@@ -58,8 +58,16 @@ def array_of(constant: Constant) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def constant_proto(constant: Constant, *, stub_above: int | None = None) -> onnx.TensorProto:
-    """Return the TensorProto of a constant, without data above `stub_above` bytes."""
+def constant_proto(
+    constant: Constant, *, stub_above: int | None = None, inline: bool = False
+) -> onnx.TensorProto:
+    """Return the TensorProto of a constant.
+
+    Args:
+        constant: any constant.
+        stub_above: leave the data out above this many bytes.
+        inline: read external data into the proto instead of referring to its file.
+    """
     values = constant._values
     if stub_above is not None and values.nbytes > stub_above:
         data_type = (
@@ -71,6 +79,8 @@ def constant_proto(constant: Constant, *, stub_above: int | None = None) -> onnx
         stub.data_location = onnx.TensorProto.EXTERNAL
         stub.external_data.add(key="location", value="stub")
         return stub
+    if inline and isinstance(values, ExternalValues):
+        return numpy_helper.from_array(values.load(), constant.name)
     if isinstance(values, LazyValues):
         proto = onnx.TensorProto()
         proto.CopyFrom(values.tensor)

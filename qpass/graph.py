@@ -321,13 +321,14 @@ class Graph:
     # ------------------------------------------------------------------ writing
 
     def to_model(
-        self, *, taps: Iterable[str] = (), stub_above: int | None = None
+        self, *, taps: Iterable[str] = (), stub_above: int | None = None, inline: bool = False
     ) -> onnx.ModelProto:
         """Export a ModelProto. External constants keep their reference into `folder`.
 
         Args:
             taps: names of tensors to add to the outputs.
             stub_above: leave the data of constants above this many bytes out (shape inference).
+            inline: read external data into the model, so that it runs anywhere.
         """
         model = onnx.ModelProto()
         model.CopyFrom(self.header)
@@ -347,7 +348,9 @@ class Graph:
         for tensor in tensors.values():
             if isinstance(tensor, Constant):
                 if tensor.name not in alias:
-                    graph.initializer.append(constant_proto(tensor, stub_above=stub_above))
+                    graph.initializer.append(
+                        constant_proto(tensor, stub_above=stub_above, inline=inline)
+                    )
             elif tensor.name not in known and tensor.dtype is not None:
                 graph.value_info.append(self._value_info(tensor))
         graph.output.extend(

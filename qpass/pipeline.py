@@ -41,7 +41,7 @@ from qpass.trial import TRIAL_SAMPLES, try_methods
 from qpass.verify import available_engines, profile_ort, read_back
 from qpass.verify.check import Reference, check_engine
 from qpass.verify.engines import EngineError, EngineName
-from qpass.verify.repair import MAX_ROUNDS, Repair, repair_leftovers, repair_slow
+from qpass.verify.repair import MAX_ROUNDS, SLOWER, Repair, repair_leftovers, repair_slow
 from qpass.verify.trace import trace
 from qpass.version import __version__
 
@@ -177,7 +177,7 @@ def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> N
         run.stats = _stats_from_file(run, Path(run.options.stats), taps)
         return
     with run.stages.stage("calibrate"):
-        model = run.graph.to_model()
+        model = run.graph.to_model(inline=True)
         cache = CalibrationCache(Path(run.options.cache)) if run.options.cache else None
         key = cache.key(sha256_of(run.source), run.fingerprint, taps) if cache else ""
         cached = cache.get(key) if cache else None
@@ -243,8 +243,8 @@ def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
         return
     with run.stages.stage("trial"):
         trial = try_methods(
-            run.graph.to_model(),
-            lambda method: _build(run, method)[1].to_model(),
+            run.graph.to_model(inline=True),
+            lambda method: _build(run, method)[1].to_model(inline=True),
             samples[:TRIAL_SAMPLES],
             threads=run.options.jobs,
         )
@@ -310,8 +310,14 @@ def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -
 
 
 def compare_engines(run: Run) -> None:
-    """Warn when another engine computes the file much worse than the one that it is for."""
+    """Warn of a result slower than float, and of engines that compute the file much worse."""
     own = run.engines[0] if run.engines else None
+    slow = own is not None and own.speedup is not None and own.speedup * SLOWER < 1.0
+    if own is not None and slow and _may_repair(run):
+        run.notes.append(
+            f"SLOWER THAN FLOAT in {own.name}: {own.speedup:.2f}x. Repair found nothing more to "
+            "give up; --min-speedup 1 makes it a gate."
+        )
     for other in run.engines[1:]:
         if own is None or own.sqnr_db is None or other.sqnr_db is None:
             continue

@@ -1,4 +1,4 @@
-"""Open a report.html in headless Chromium, offline: every chart drawn, the console silent?
+"""Open a report.html in headless Chromium: every chart is drawn, the console silent.
 
     python tools/check_report.py report.html [--png report.png] [--dark]
 
@@ -25,11 +25,13 @@ class Charts(HTMLParser):
     """Collects the id of each chart, and whether an svg was drawn into it."""
 
     def __init__(self) -> None:
+        """Start with no chart found."""
         super().__init__()
         self.drawn: dict[str, bool] = {}
-        self._open = ""  # the chart whose element, or one behind it, we are in
+        self._open = ""  # id of the last chart that was opened in this section
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Note a chart that opens, or the svg in the chart before."""
         values = dict(attributes)
         if "chart" in (values.get("class") or "").split():
             self._open = values.get("id") or f"chart without id {len(self.drawn)}"

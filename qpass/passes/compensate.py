@@ -9,9 +9,10 @@ Where it aims
     quantized input. The last linear op of a residual branch aims at the float *sum* minus the
     quantized skip, so that the error of the skip is corrected where the branch joins it.
 Why it never makes things worse
-    Samples are held out. Channels keep a correction only where it helps there, and the whole is
-    kept only where the model's outputs are closer to the float model's there; else offsets alone
-    are tried, else nothing is done.
+    Samples are held out. A channel keeps a correction only where it helps on samples it was not
+    fitted to, and the whole is kept only where the model's outputs are surely closer to the float
+    model's on samples that nothing was fitted to; else offsets alone are tried, else nothing is
+    done.
 Preconditions
     `insert_qdq` has run, biases are still float. Names of the two graphs agree.
 """
@@ -19,25 +20,35 @@ Preconditions
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import numpy as np
 
 from qpass.graph import Constant, Graph, Node
-from qpass.passes.channel_affine import Array, GatedAffine, PairMoments, merge_all, solve_gated
+from qpass.passes.channel_affine import (
+    Array,
+    ChannelAffine,
+    GatedAffine,
+    PairMoments,
+    merge_all,
+    solve_gated,
+)
 from qpass.passes.fold_affine import Site, find_site, fold
+from qpass.passes.model_gate import Verdict, judge
+from qpass.passes.output_range import Extremes, Stretch, output_range, solve_stretch, stretch_range
 from qpass.program import Progress
 from qpass.report.model import PassReport, Refusal
 from qpass.stream import Pair, Step, Stream
 from qpass.submodel import Feeds, Submodel
-from qpass.verify.metrics import CAP_DB, ErrorMeter
+from qpass.verify.metrics import CAP_DB
 
 Method = Literal["cwac", "bias"]
-Target = Literal["global", "local"]
-GROUPS: Final = 8
-POSITIONS: Final = 1024
+Aim = Literal["global", "local"]
+GROUPS: Final = 8  # groups of samples a batch, to see how much channels differ between samples
+POSITIONS: Final = 1024  # of a feature map, that enter the sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,27 +63,56 @@ class LayerCompensation:
     offset_only: int
     unchanged: int
     residual: bool  # aimed at the sum behind it
+    range_changed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compensation:
-    """Result of `compensate`: `method` is what was kept, "none" when nothing helped."""
+    """Result of `compensate`: `method` is what was kept, "none" when nothing surely helped.
+
+    `verdict` is that of the method kept, else of the last one tried; None when nothing was tried.
+    """
 
     report: PassReport
     layers: tuple[LayerCompensation, ...]
     method: Literal["cwac", "bias", "none"]
-    sqnr_db_before: float  # of the model's outputs on held-out samples, mean over outputs
-    sqnr_db_after: float
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    method: Method
+    target: Aim
+    first_held: int  # number of the first batch that is held out
+    ridge: float
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """What was changed at one linear op."""
+
+    linear: str
+    affine: ChannelAffine
+    stretch: Stretch | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Measured:
+    """Sums of one unit: by group of samples to fit, in one for those held out."""
+
+    held: PairMoments
+    fit: list[PairMoments] = field(default_factory=list)
+    extremes: Extremes = field(default_factory=Extremes)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Walk:
-    """One walk over the model with one method, on its own copy of the quantized graph."""
+    """What one walk over the model did to its own copy of the quantized graph."""
 
-    folds: list[tuple[str, GatedAffine]] = field(default_factory=list)
+    changes: list[_Change] = field(default_factory=list)
     layers: list[LayerCompensation] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    sqnr_db: float = -math.inf
 
 
 def compensate(
@@ -81,7 +121,7 @@ def compensate(
     batches: Sequence[Feeds],
     *,
     method: Method = "cwac",
-    target: Target = "global",
+    target: Aim = "global",
     memory_bytes: int = 1 << 30,
     holdout: float = 0.25,
     ridge: float = 1e-4,
@@ -95,84 +135,88 @@ def compensate(
         reference: the float graph; not changed.
         quantized: the same graph after `insert_qdq`, biases in float; changed in place.
         batches: calibration inputs by name; the last ones are held out.
-        method: gain and offset, or the offset alone.
+        method: ``cwac`` fits gain and offset (and falls back to offsets), ``bias`` offsets alone.
         target: see the docstring of the module.
         memory_bytes: activations above this go to files.
         holdout: share of the batches that judge; at least one.
         ridge: pull of the gains towards 1, see `solve_channel_affine`.
+        confidence: standard errors by which a channel's correction has to help, see `solve_gated`.
         threads: threads of each session.
         progress: told after each unit.
     """
+    begin = time.perf_counter()
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
     if held < 1:
         reason = "there is only one batch: nothing could be held out to judge by"
-        refusal = Refusal(rule="compensate", where="model", reason=reason)
-        report = PassReport(name="compensate", changed=0, refusals=(refusal,))
-        return Compensation(
-            report=report, layers=(), method="none", sqnr_db_before=math.nan, sqnr_db_after=math.nan
-        )
+        refusals = [Refusal(rule="compensate", where="model", reason=reason)]
+        return _nothing(refusals, None, begin)
     first_held = len(batches) - held
-    refusals: list[Refusal] = []
-    before: float | None = None
+    plain: list[dict[str, Array]] = []
+    verdict: Verdict | None = None
+    refusals = []
     methods: tuple[Method, ...] = ("cwac", "bias") if method == "cwac" else ("bias",)
     for candidate in methods:
-        trial = quantized.copy()
+        options = _Options(
+            method=candidate,
+            target=target,
+            first_held=first_held,
+            ridge=ridge,
+            confidence=confidence,
+        )
         with Stream(
             reference,
-            trial,
+            quantized.copy(),
             batches,
             memory_bytes=memory_bytes,
             threads=threads,
             stage=f"compensate ({candidate})",
             progress=progress,
         ) as stream:
-            walk = _walk(stream, candidate, target, first_held, ridge, confidence)
-            wanted = [outputs for outputs, _ in stream.outputs()][first_held:]
-            walk.sqnr_db = _sqnr_db(wanted, [got for _, got in stream.outputs()][first_held:])
-            if before is None:
-                before = _plain_sqnr_db(quantized, batches[first_held:], wanted, threads)
-        if walk.sqnr_db > before:
-            _apply(reference, quantized, walk.folds)
+            walk = _walk(stream, options)
+            outputs = list(stream.outputs())[first_held:]
+            wanted = [of_float for of_float, _ in outputs]
+            if not plain:
+                whole = Submodel(quantized, batches[0], list(wanted[0]), threads=threads)
+                plain = [whole.run(batch) for batch in batches[first_held:]]
+            verdict = judge(wanted, plain, [corrected for _, corrected in outputs])
+        if verdict.helps:
+            _replay(reference, quantized, walk.changes)
             report = PassReport(
                 name="compensate",
-                changed=len(walk.folds),
+                changed=len(walk.changes),
                 refusals=(*refusals, *walk.refusals),
+                seconds=time.perf_counter() - begin,
             )
             return Compensation(
-                report=report,
-                layers=tuple(walk.layers),
-                method=candidate,
-                sqnr_db_before=before,
-                sqnr_db_after=walk.sqnr_db,
+                report=report, layers=tuple(walk.layers), method=candidate, verdict=verdict
             )
-        reason = (
-            f"the outputs on held-out samples would be at {walk.sqnr_db:.2f} dB "
-            f"instead of {before:.2f} dB"
-        )
+        reason = f"no sure improvement: {verdict.sentence}"
         refusals.append(Refusal(rule=f"compensate {candidate}", where="model", reason=reason))
-    assert before is not None
-    return Compensation(
-        report=PassReport(name="compensate", changed=0, refusals=tuple(refusals)),
-        layers=(),
-        method="none",
-        sqnr_db_before=before,
-        sqnr_db_after=before,
+    return _nothing(refusals, verdict, begin)
+
+
+def _nothing(refusals: list[Refusal], verdict: Verdict | None, begin: float) -> Compensation:
+    report = PassReport(
+        name="compensate",
+        changed=0,
+        refusals=tuple(refusals),
+        seconds=time.perf_counter() - begin,
     )
+    return Compensation(report=report, layers=(), method="none", verdict=verdict)
 
 
-def _walk(
-    stream: Stream, method: Method, target: Target, first_held: int, ridge: float, confidence: float
-) -> _Walk:
+def _walk(stream: Stream, options: _Options) -> _Walk:
     """Fit and fold every linear op of the stream's quantized graph."""
     walk = _Walk()
-    nodes = {node.name: node for node in stream.quantized.nodes}
+    graph = stream.quantized
+    nodes = {node.name: node for node in graph.nodes}
     originals = {node.name: node for node in stream.reference.nodes}
     places = {node.name: i for i, node in enumerate(stream.reference.nodes)}
     for step in stream:
         if step.unit.linear is None:
             continue
         original = originals[step.unit.linear]
-        site = find_site(stream.quantized, nodes, original)
+        site = find_site(graph, nodes, original)
         if isinstance(site, str):
             walk.refusals.append(Refusal(rule="compensate", where=original.name, reason=site))
             continue
@@ -180,41 +224,62 @@ def _walk(
             Refusal(rule="compensate", where=original.name, reason=reason)
             for reason in site.reasons
         )
-        skip = _skip_of(stream, nodes, places, original) if target == "global" else None
-        fit, held = _measure(step, site, skip, target, first_held)
+        skip = None
+        if options.target == "global":
+            skip = _skip_of(stream.reference, nodes, places, original)
+        measured = _measure(step, site, skip, options)
         solved = solve_gated(
-            fit,
-            ridge=ridge,
-            gain="none" if method == "bias" else site.gain,
+            measured.fit,
+            ridge=options.ridge,
+            gain="none" if options.method == "bias" else site.gain,
             offset=site.offset,
-            confidence=confidence,
+            confidence=options.confidence,
         )
+        stretch = None
         if solved.gain_and_offset or solved.offset_only:
-            fold(stream.quantized, site, solved.affine)
-            walk.folds.append((original.name, solved))
-        walk.layers.append(_layer(site, held, solved, residual=skip is not None))
+            place = output_range(graph, site.tap)
+            if place is not None:
+                stretch = solve_stretch(place, measured.extremes, solved.affine)
+            change = _Change(linear=original.name, affine=solved.affine, stretch=stretch)
+            walk.changes.append(change)
+            _apply(graph, site, change)
+        walk.layers.append(
+            _layer(
+                site,
+                measured.held,
+                solved,
+                residual=skip is not None,
+                range_changed=stretch is not None,
+            )
+        )
     return walk
 
 
-def _apply(reference: Graph, quantized: Graph, folds: list[tuple[str, GatedAffine]]) -> None:
-    """Repeat the folds of a walk on the caller's graph."""
+def _apply(graph: Graph, site: Site, change: _Change) -> None:
+    fold(graph, site, change.affine)
+    if change.stretch is not None:
+        place = output_range(graph, site.tap)
+        assert place is not None
+        stretch_range(graph, place, change.stretch)
+
+
+def _replay(reference: Graph, quantized: Graph, changes: list[_Change]) -> None:
+    """Repeat the changes of a walk on the caller's graph."""
     nodes = {node.name: node for node in quantized.nodes}
     originals = {node.name: node for node in reference.nodes}
-    for name, solved in folds:
-        site = find_site(quantized, nodes, originals[name])
+    for change in changes:
+        site = find_site(quantized, nodes, originals[change.linear])
         assert isinstance(site, Site)
-        fold(quantized, site, solved.affine)
+        _apply(quantized, site, change)
 
 
-def _measure(
-    step: Step, site: Site, skip: Pair | None, target: Target, first_held: int
-) -> tuple[list[PairMoments], PairMoments]:
-    """Run the unit; return the moments of the batches to fit and of those held out."""
-    fit, held = list[PairMoments](), PairMoments.empty(site.channels)
+def _measure(step: Step, site: Site, skip: Pair | None, options: _Options) -> _Measured:
+    """Run the unit and collect what the fit needs."""
+    measured = _Measured(held=PairMoments.empty(site.channels))
     also = () if skip is None else (skip,)
-    for tap in step.taps(site.tap, local=target == "local", also=also):
-        got = thinned(tap.quantized)
-        wanted = thinned(tap.float if tap.local is None else tap.local)
+    for tap in step.taps(site.tap, local=options.target == "local", also=also):
+        got, floating = thinned(tap.quantized), thinned(tap.float)
+        wanted = floating if tap.local is None else thinned(tap.local)
         for skip_float, skip_quantized in tap.also:
             wanted = wanted + (thinned(skip_float) - thinned(skip_quantized))
         parts = min(GROUPS, len(got))
@@ -222,11 +287,12 @@ def _measure(
             PairMoments.of(*pair, axis=site.axis)
             for pair in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
         ]
-        if tap.batch < first_held:
-            fit.extend(groups)
+        measured.extremes.update(got, floating, axis=site.axis)
+        if tap.batch < options.first_held:
+            measured.fit.extend(groups)
         else:
-            held = held.merge(merge_all(groups))
-    return fit, held
+            measured.held = measured.held.merge(merge_all(groups))
+    return measured
 
 
 def thinned(x: Array) -> Array:
@@ -245,13 +311,13 @@ def thinned(x: Array) -> Array:
 
 
 def _skip_of(
-    stream: Stream, nodes: dict[str, Node], places: dict[str, int], linear: Node
+    graph: Graph, nodes: Mapping[str, Node], places: Mapping[str, int], linear: Node
 ) -> Pair | None:
     """Return the other operand of the residual Add behind `linear`, if it is known by then.
 
     Of two branches that meet, the one that runs later is the one to correct the sum.
     """
-    graph, out = stream.reference, linear.outputs[0]
+    out = linear.outputs[0]
     while True:
         readers = graph.consumers(out)
         if len(readers) != 1 or graph.is_output(out):
@@ -264,18 +330,17 @@ def _skip_of(
             break
         out = add.outputs[0]
     maker = graph.producer(other)
-    if maker is not None and places[maker.name] > places[linear.name]:
-        return None
     twin = nodes.get(add.name)
-    if twin is None or other.shape != out.shape:
+    later = maker is not None and places[maker.name] > places[linear.name]
+    if later or twin is None or other.shape is None or other.shape != out.shape:
         return None
     return Pair(float_name=other.name, quantized_name=twin.inputs[1 - index].name)
 
 
 def _layer(
-    site: Site, held: PairMoments, solved: GatedAffine, *, residual: bool
+    site: Site, held: PairMoments, solved: GatedAffine, *, residual: bool, range_changed: bool
 ) -> LayerCompensation:
-    identity = type(solved.affine).identity(site.channels)
+    identity = ChannelAffine.identity(site.channels)
     signal = float(np.nansum(held.signal()))
     before, after = (float(np.nansum(held.error(a))) for a in (identity, solved.affine))
     return LayerCompensation(
@@ -287,6 +352,7 @@ def _layer(
         offset_only=solved.offset_only,
         unchanged=solved.unchanged + solved.unusable,
         residual=residual,
+        range_changed=range_changed,
     )
 
 
@@ -294,22 +360,3 @@ def _ratio_db(signal: float, noise: float) -> float:
     if noise <= 0.0 or signal <= 0.0:
         return CAP_DB if noise <= 0.0 else -CAP_DB
     return min(CAP_DB, 10.0 * math.log10(signal / noise))
-
-
-def _plain_sqnr_db(
-    quantized: Graph, batches: Sequence[Feeds], wanted: Sequence[Feeds], threads: int | None
-) -> float:
-    names = list(wanted[0])
-    whole = Submodel(quantized, batches[0], names, threads=threads)
-    return _sqnr_db(wanted, [whole.run(batch) for batch in batches])
-
-
-def _sqnr_db(wanted: Sequence[Feeds], got: Sequence[Feeds]) -> float:
-    """Return the mean over the outputs of their SQNR over all batches."""
-    values = []
-    for name in wanted[0]:
-        meter = ErrorMeter()
-        for left, right in zip(wanted, got, strict=True):
-            meter.update(left[name], right[name])
-        values.append(meter.sqnr_db)
-    return float(np.mean(values))

@@ -43,7 +43,7 @@ class Slot:
         """Put new values there; other readers of the old constant keep it."""
         old, new = self.constant, graph.constant(self.constant.name, values)
         graph.set_input(self.node, self.index, new)
-        if not old.outputs and not any(t is old for n in graph.nodes for t in n.captured):
+        if not old.outputs and old.name not in graph.captured:
             new.name = old.name  # nobody else has it: names of constants stay as they were
 
 

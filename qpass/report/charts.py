@@ -26,6 +26,7 @@ GREY: Final = "#8b93a1"
 MAX_BARS: Final = 200  # more are narrower than a pixel
 MAX_TICK_NAMES: Final = 40
 TICK_CHARS: Final = 24
+FLOAT_DB: Final = 140.0  # rounding to the 24 bits of float32 is about as near
 MEBIBYTE: Final = 1024 * 1024
 
 
@@ -61,7 +62,12 @@ def layer_chart(layers: Sequence[LayerReport]) -> Figure:
         _line("before compensation", positions, before, labels, GREY),
         _line("after compensation", positions, after, labels, BLUE),
     ]
-    layout = _layout(height=420, xaxis=axis, yaxis={"title": {"text": "SQNR (dB)"}})
+    # Layers that are still float would squeeze the others into a line at the bottom.
+    shown = [value for value in (*before, *after) if value is not None and value < FLOAT_DB]
+    decibels: dict[str, Any] = {"title": {"text": "SQNR (dB)"}}
+    if shown:
+        decibels["autorangeoptions"] = {"clipmax": max(shown) + 3.0}
+    layout = _layout(height=420, xaxis=axis, yaxis=decibels)
     return {"data": data, "layout": layout | {"showlegend": True}}
 
 
@@ -84,7 +90,8 @@ def _line(
 def bars_of(histogram: TensorHistogram) -> Bars:
     """Sum neighbouring bins until few enough are left to draw.
 
-    A bin of the histogram counts as clipped when its centre lies outside of the chosen range.
+    Only bins that lie wholly outside of the chosen range count as clipped: at its ends, values
+    are rounded to the last step rather than cut off.
     """
     edges, counts = histogram.edges, histogram.counts
     bars = min(len(counts), MAX_BARS)
@@ -94,9 +101,8 @@ def bars_of(histogram: TensorHistogram) -> Bars:
     borders = [first + index * width for index in range(1, bars)]
     inside, clipped = [0] * bars, [0] * bars
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
-        centre = (low + high) / 2
-        side = inside if histogram.low <= centre <= histogram.high else clipped
-        side[bisect_right(borders, centre)] += count
+        side = inside if high >= histogram.low and low <= histogram.high else clipped
+        side[bisect_right(borders, (low + high) / 2)] += count
     return Bars(centres=centres, width=width, inside=tuple(inside), clipped=tuple(clipped))
 
 

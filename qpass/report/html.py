@@ -19,8 +19,10 @@ from qpass.report.charts import Figure
 from qpass.report.elements import Html, bullets, details, element, escape, join, section, table
 from qpass.report.model import MapNode, Report, TensorHistogram
 from qpass.report.style import STYLE
+from qpass.report.wording import Leftover
 
 MANY_NODES: Final = 1500  # above, the cells of the map are drawn smaller
+MAX_REASONS: Final = 20
 MAX_LISTED: Final = 200  # names of one kind of float leftover; report.json holds all
 POLICY: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
@@ -212,18 +214,23 @@ def _engines(report: Report) -> Html:
 
 
 def _leftovers(report: Report) -> Html:
-    rows = []
-    for group in wording.leftovers(report):
-        nodes = [op.node for op in group.ops]
-        listed = details(
-            wording.names(nodes, 2), element("p", wording.names(nodes, MAX_LISTED), "soft")
-        )
-        plan = element("span", "integer", "bad") if group.planned else "float"
-        ops = f"{len(nodes)} {group.op_types}"
-        rows.append((group.engine, ops, plan, group.rule, join((group.reason, listed))))
+    columns = ("engines", "ops", "planned as", "rule", "reason")
+    rows = [_leftover_row(group) for group in wording.leftovers(report)]
     if not rows:
         return section(LEFT, element("p", "Nothing: every compute op runs in integers."))
-    return section(LEFT, table(("engine", "ops", "planned as", "rule", "reason"), rows))
+    parts = [table(columns, rows[:MAX_REASONS])]
+    if rows[MAX_REASONS:]:
+        more = f"{len(rows) - MAX_REASONS} more reasons"
+        parts.append(details(more, table(columns, rows[MAX_REASONS:])))
+    return section(LEFT, *parts)
+
+
+def _leftover_row(group: Leftover) -> tuple[str, ...]:
+    nodes = [op.node for op in group.ops]
+    listed = details(wording.names(nodes, 2), element("p", wording.names(nodes, MAX_LISTED)))
+    plan = element("span", "integer", "bad") if group.planned else "float"
+    ops = f"{len(nodes)} {group.op_types}"
+    return group.engines, ops, plan, group.rule, join((group.reason, listed))
 
 
 def _graph_map(report: Report) -> Html:
@@ -271,7 +278,8 @@ def _layers(report: Report, figures: dict[str, Figure]) -> Html:
         "SQNR layer by layer",
         _chart("chart-layers", charts.layer_chart(report.layers), figures),
         details(f"All {len(rows)} layers, the worst first", table(columns, rows, 3)),
-        about="Output of each layer against the float model, before and after compensation.",
+        about="Output of each layer against the float model, before and after compensation; layers "
+        "that compute what the float model computes lie above the chart.",
     )
 
 

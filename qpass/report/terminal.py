@@ -134,7 +134,7 @@ def _leftover_lines(report: Report) -> Iterator[Text]:
     groups = wording.leftovers(report)
     for group in groups[:MAX_LEFTOVERS]:
         yield Text.assemble(
-            _text(f"{group.engine}: {len(group.ops)} {group.op_types}"),
+            _text(f"{group.engines}: {len(group.ops)} {group.op_types}"),
             _text(" PLANNED IN INTEGERS", "bold red") if group.planned else "",
             _text(f" ({group.rule}): {group.reason}"),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,6 +12,7 @@ from qpass.report.model import EngineReport, FloatOp, Latency, LayerReport, Repo
 
 NONE: Final = "-"
 KIBI: Final = 1024
+DETAIL: Final = re.compile(r"\([^()]*\)|\d+(\.\d+)?")  # what a reason may say about one op only
 
 
 def visible(text: str) -> str:
@@ -109,11 +111,11 @@ def worst_layers(report: Report, limit: int) -> list[LayerReport]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
-    """Ops that one engine runs in float for one and the same reason."""
+    """Ops that the same engines run in float for one kind of reason."""
 
-    engine: str
+    engines: str  # names, joined
     rule: str
-    reason: str
+    reason: str  # of the first op; "and the like" where others name other tensors or numbers
     planned: bool
     ops: tuple[FloatOp, ...]
 
@@ -124,13 +126,27 @@ class Leftover:
 
 
 def leftovers(report: Report) -> list[Leftover]:
-    """Group what runs in float by engine, rule and reason; broken promises first, then by count."""
-    groups: dict[tuple[bool, str, str, str], list[FloatOp]] = {}
+    """Group what runs in float by engines, rule and reason; broken promises first, then by count.
+
+    What the plan left in float is in float everywhere: engines that agree share a row. Reasons
+    that differ only in the tensor that they name, or in a measured number, share one as well:
+    a deep network would otherwise fill pages with one sentence.
+    """
+    engines: dict[FloatOp, list[str]] = {}
     for engine in report.engines:
         for op in engine.float_ops:
-            groups.setdefault((op.planned, engine.name, op.rule, op.reason), []).append(op)
+            engines.setdefault(op, []).append(engine.name)
+    groups: dict[tuple[bool, str, str, str], list[FloatOp]] = {}
+    for op, found in engines.items():
+        kind = DETAIL.sub("..", op.reason)
+        groups.setdefault((op.planned, ", ".join(found), op.rule, kind), []).append(op)
     rows = [
-        Leftover(engine=engine, rule=rule, reason=reason, planned=planned, ops=tuple(ops))
-        for (planned, engine, rule, reason), ops in groups.items()
+        Leftover(engines=where, rule=rule, reason=_reason(ops), planned=planned, ops=tuple(ops))
+        for (planned, where, rule, _), ops in groups.items()
     ]
-    return sorted(rows, key=lambda row: (not row.planned, -len(row.ops), row.engine, row.rule))
+    return sorted(rows, key=lambda row: (not row.planned, -len(row.ops), row.engines, row.rule))
+
+
+def _reason(ops: Sequence[FloatOp]) -> str:
+    first = ops[0].reason
+    return first if all(op.reason == first for op in ops) else f"{first}; and the like"

@@ -72,6 +72,13 @@ RULES: Final = (
         "input",
     ),
     OpRule(
+        ops=frozenset({"Sigmoid", "Mul"}),
+        role="follow",
+        activation=U8,
+        source=f"{SELECTORS} (UnaryNodeGroupSelector, BinaryNodeGroupSelector); {MEASURED}: SiLU "
+        "between convolutions, yolox_nano 1.34 of float without the rule, 1.10 with it",
+    ),
+    OpRule(
         ops=frozenset({"AveragePool", "LeakyRelu"}),
         role="follow",
         activation=U8,

@@ -77,6 +77,36 @@ def test_float_leftovers_are_grouped_and_named_with_their_reason(report: Report)
     assert "layers.3/attn/Softmax" not in text
 
 
+def test_engines_that_agree_share_a_row(report: Report) -> None:
+    ops = report.engines[0].float_ops
+    both = replace(
+        report, engines=(report.engines[0], replace(report.engines[1], float_ops=ops[:4]))
+    )
+    text = squeezed(summary(both))
+    assert "ort, openvino: 4 Softmax" in text
+    assert "ort: 2 Softmax" in text
+
+
+def test_reasons_that_differ_in_a_name_or_number_share_a_row(report: Report) -> None:
+    ops = tuple(
+        FloatOp(node=node, op="Add", rule="r", reason=reason)
+        for node, reason in (
+            ("a", "input 0 (x_1) is float"),
+            ("b", "input 1 (x_2) is float"),
+            ("c", "input 0 (x_1) is not float"),
+        )
+    )
+    text = squeezed(summary(with_float_ops(report, ops)))
+    assert "ort: 2 Add (r): input 0 (x_1) is float; and the like a, b" in text
+    assert "ort: 1 Add (r): input 0 (x_1) is not float c" in text
+
+
+def test_long_paths_are_not_wrapped(report: Report) -> None:
+    path = "a folder with a long name/" * 6 + "model.onnx"
+    lines = summary(replace(report, model=path, output=path)).splitlines()
+    assert lines[:2] == [f"REJECTED {path}", f"from {path}"]
+
+
 def test_what_was_planned_in_integers_comes_first(report: Report) -> None:
     text = summary(report)
     assert text.index("PLANNED IN INTEGERS") < text.index("6 Softmax")
@@ -121,6 +151,9 @@ def test_the_worst_layers_are_listed_with_unknown_and_equal_ones_told_apart(
     assert "layers.5" in shown
     assert "layers.0" not in shown  # 36 dB is among the best
     layer = replace(report.layers[6], sqnr_db_before=float("-inf"))
+    unknown = replace(report.layers[6], sqnr_db_after=float("nan"))
+    many = summary(replace(report, layers=(*report.layers, unknown)))
+    assert many.index(unknown.name) < many.index("layers.5/")
     alone = squeezed(summary(replace(report, layers=(layer,))))
     assert "-inf dB exact" in alone
 
@@ -168,7 +201,7 @@ def test_table_puts_quantities_on_the_right() -> None:
     made = console()
     print_table(made, "", ("thing", "time"), [("short", "3.00 s"), ("long", "12.00 s")])
     ends = {line.rstrip() for line in text_of(made).splitlines()}
-    assert {"short    3.00 s", "long    12.00 s"} <= ends
+    assert {"short   3.00 s", "long   12.00 s"} <= ends
 
 
 def test_table_without_rows_shows_its_columns() -> None:
