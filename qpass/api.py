@@ -21,11 +21,8 @@ from qpass.options import Options
 from qpass.passes.normalize import normalize
 from qpass.pipeline import (
     LAYER_SAMPLES,
-    TIMING_SECONDS,
     Run,
     choose_method,
-    compare_engines,
-    engines_for,
     held_out_samples,
     metadata_of,
     open_data,
@@ -34,7 +31,6 @@ from qpass.pipeline import (
     sha256_of,
     start,
     taps_of,
-    verify_and_repair,
 )
 from qpass.pipeline import calibrate as calibrate_run
 from qpass.plan import Plan
@@ -43,6 +39,7 @@ from qpass.program import Policy, Progress
 from qpass.recipe import read_recipe
 from qpass.report.model import EngineReport, LayerReport, Report
 from qpass.result import build_report, evaluate_metric, gates_of
+from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
 from qpass.verify.check import Reference, check_engine

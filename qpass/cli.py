@@ -6,6 +6,7 @@ bad input (nothing is written).
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from qpass.errors import UserError
 from qpass.files import write_text
 from qpass.inspect import inspect_model
 from qpass.lint import lint as lint_model
-from qpass.report.html import write_html
+from qpass.report.html import plotly_js, write_html
 from qpass.report.terminal import print_summary, print_table
 from qpass.rows import (
     ENGINE_COLUMNS,
@@ -82,6 +83,9 @@ def progress_bar(*, quiet: bool) -> Iterator[Callable[[str, int, int | None], No
 @click.version_option(__version__, prog_name="qpass")
 def main() -> None:
     """Compile a float ONNX model into an integer one that the engine really runs in integers."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names in a model may not fit the terminal
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -147,7 +151,7 @@ def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
         options["keep"] = options["keep"] or None
         _refuse_later(options)
         if options["report"]:
-            Path(options["report"]).mkdir(parents=True, exist_ok=True)
+            plotly_js()  # a missing package shows before the work, not after it
         with progress_bar(quiet=as_json) as progress:
             report = api.optimize(model, progress=progress, **options)
         folder = report.options.get("report")

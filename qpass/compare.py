@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qpass.verify.engines import session_options
+from qpass.verify.engines import KEEP_SIGNED, session_options
 from qpass.verify.metrics import ErrorMeter
 
 Array = NDArray[Any]
@@ -92,7 +92,9 @@ def _tapped(model: onnx.ModelProto, taps: list[str]) -> tuple[Any, list[str]]:
             value = types.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
             tapped.graph.output.append(value)
     session = ort.InferenceSession(
-        tapped.SerializeToString(), session_options(threads=0), providers=["CPUExecutionProvider"]
+        tapped.SerializeToString(),
+        session_options(threads=0, config=KEEP_SIGNED),
+        providers=["CPUExecutionProvider"],
     )
     return session, taps
 

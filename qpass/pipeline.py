@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -25,9 +24,9 @@ from qpass.calibrate import (
     split,
 )
 from qpass.choose import QTable, choose_qtable, importance
-from qpass.errors import ModelError, RecipeError
+from qpass.errors import RecipeError
 from qpass.graph import Graph
-from qpass.modelfile import load_model, save_model
+from qpass.modelfile import load_model
 from qpass.options import Options
 from qpass.passes.normalize import normalize
 from qpass.plan import Plan, read_plan
@@ -38,18 +37,10 @@ from qpass.report.model import EngineReport, LayerReport, PassReport
 from qpass.stages import Stages
 from qpass.targets import Target, load_target
 from qpass.trial import TRIAL_SAMPLES, try_methods
-from qpass.verify import available_engines, profile_ort, read_back
-from qpass.verify.check import Reference, check_engine
-from qpass.verify.engines import EngineError, EngineName
-from qpass.verify.repair import MAX_ROUNDS, SLOWER, Repair, repair_leftovers, repair_slow
-from qpass.verify.trace import trace
 from qpass.version import __version__
 
-DIALECT_LOSS_DB: Final = 3.0  # a file of another engine's dialect that loses more is warned of
 VERIFY_SAMPLES: Final = 64  # at most so many held-out samples are compared
 LAYER_SAMPLES: Final = 4
-TIMING_SECONDS: Final = 0.6  # per engine
-VERIFYING: Final[tuple[EngineName, ...]] = ("ort", "openvino")
 
 
 def sha256_of(path: Path) -> str:
@@ -264,133 +255,6 @@ def metadata_of(run: Run) -> dict[str, str]:
         "qpass.options": json.dumps(options, sort_keys=True, default=list),
         "qpass.onnx": onnx.__version__,
     }
-
-
-def engines_for(run: Run) -> list[EngineName]:
-    """Return the engines to verify in, the target's own first."""
-    own: EngineName = "openvino" if run.target.engine == "openvino" else "ort"
-    installed = available_engines()
-    if not run.options.engines:
-        others = [name for name in VERIFYING if name != own and name in installed]
-        return [own, *others] if own in installed else others
-    for name in run.options.engines:
-        if name not in VERIFYING:
-            raise RecipeError(f"there is no engine {name}", fix=f"known: {', '.join(VERIFYING)}")
-        if name not in installed:
-            raise RecipeError(f"engine {name} is not installed", fix=f"pip install qpass[{name}]")
-    return [name for name in VERIFYING if name in run.options.engines]
-
-
-def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -> None:
-    """Check the file in its engines; edit the plan and go round again while that helps."""
-    engines = engines_for(run)
-    threads = run.options.jobs
-    with run.stages.stage("verify"):
-        reference = Reference.run(run.source, held_out, threads=threads)
-    for number in range(1, MAX_ROUNDS + 2):
-        with run.stages.stage("verify"), tempfile.TemporaryDirectory() as folder:
-            run.engines, run.failures = _check_all(run, engines, path, reference, Path(folder))
-        if not run.engines or run.engines[0].name != engines[0]:
-            return  # the target's own engine refuses the file: a gate says so
-        own = run.engines[0]
-        if not _may_repair(run) or number > MAX_ROUNDS:
-            break
-        repair = repair_leftovers(own)
-        if repair is None and own.name == "ort" and reference.feeds:
-            with run.stages.stage("verify"):
-                repair = repair_slow(own, _slower_nodes(run, path, reference, own))
-        if repair is None:
-            break
-        try:
-            _apply(run, repair, path)
-        except ModelError:  # nothing would be left in integers: the file stays as it is
-            run.rounds.append(f"round {number}: {repair.sentence} Given up: nothing would be left.")
-            break
-        run.rounds.append(f"round {number}: {repair.sentence}")
-
-
-def compare_engines(run: Run) -> None:
-    """Warn of a result slower than float, and of engines that compute the file much worse."""
-    own = run.engines[0] if run.engines else None
-    slow = own is not None and own.speedup is not None and own.speedup * SLOWER < 1.0
-    if own is not None and slow and _may_repair(run):
-        run.notes.append(
-            f"SLOWER THAN FLOAT in {own.name}: {own.speedup:.2f}x. Repair found nothing more to "
-            "give up; --min-speedup 1 makes it a gate."
-        )
-    for other in run.engines[1:]:
-        if own is None or own.sqnr_db is None or other.sqnr_db is None:
-            continue
-        if other.sqnr_db < own.sqnr_db - DIALECT_LOSS_DB:
-            run.notes.append(
-                f"{other.name} computes this file with {other.sqnr_db:.1f} dB, {own.name} with "
-                f"{own.sqnr_db:.1f} dB: it is for {own.name} only"
-            )
-
-
-def _may_repair(run: Run) -> bool:
-    """Repair only what the engine was meant to run in integers."""
-    precision = run.policy.precision
-    if precision.simulated or run.target.engine == "none" or not run.options.repair:
-        return False
-    return precision.activation is not None
-
-
-def _check_all(
-    run: Run, engines: list[EngineName], path: Path, reference: Reference, folder: Path
-) -> tuple[list[EngineReport], dict[str, str]]:
-    reports: list[EngineReport] = []
-    failures: dict[str, str] = {}
-    for engine in engines:
-        try:
-            reports.append(
-                check_engine(
-                    engine,
-                    float_model=run.source,
-                    quantized=path,
-                    plan=run.plan,
-                    reference=reference,
-                    workdir=folder,
-                    seconds=TIMING_SECONDS,
-                )
-            )
-        except EngineError as error:
-            failures[engine] = str(error)
-    return reports, failures
-
-
-def _apply(run: Run, repair: Repair, path: Path) -> None:
-    assert run.graph is not None
-    policy = replace(run.policy, float_nodes={**run.policy.float_nodes, **repair.float_nodes})
-    run.plan = make_plan(run.graph, run.target, policy)
-    run.policy = policy
-    quantize(run)
-    assert run.quantized is not None
-    with run.stages.stage("write"):
-        save_model(run.quantized, path, metadata=metadata_of(run))
-
-
-def _slower_nodes(
-    run: Run, path: Path, reference: Reference, own: EngineReport
-) -> list[tuple[str, float, float]]:
-    """Return the planned linear nodes that cost more in integers than in float, worst first."""
-    if own.speedup is None or own.speedup >= 1.0:
-        return []
-    times: list[dict[str, float]] = []
-    for file in (run.source, path):
-        model = onnx.load(file, load_external_data=False)
-        profile = profile_ort(file, dict(reference.feeds[0]))
-        with tempfile.TemporaryDirectory() as folder:
-            found = trace(model, read_back("ort", file, Path(folder)))
-        times.append({n: profile.get(op.name, 0.0) for n, op in found.items() if op is not None})
-    plain, integer = times
-    assert run.plan is not None
-    rows = [
-        (name, plain[name], integer[name])
-        for name in run.plan.integer_nodes()
-        if integer.get(name, 0.0) > plain.get(name, float("inf"))
-    ]
-    return sorted(rows, key=lambda row: row[1] - row[2])
 
 
 def held_out_samples(calibration: Samples, holdout: Samples) -> tuple[list[Any], str]:

@@ -142,7 +142,7 @@ def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
             )
         )
     if own.optimizer_diff_db is not None and own.sqnr_db is not None:
-        wanted = min(own.sqnr_db - OPTIMIZER_MARGIN_DB, OPTIMIZER_FLOOR_DB)
+        wanted = min(own.sqnr_db + OPTIMIZER_MARGIN_DB, OPTIMIZER_FLOOR_DB)
         gates.append(
             Gate(
                 name=f"{own.name}: optimizations on and off agree (dB)",

@@ -14,7 +14,7 @@ the float tensors in place. Bodies of If, Loop and Scan run inside of their node
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -102,7 +102,7 @@ class Stream:
             raise PreconditionError("streaming needs at least one batch")
         self.reference, self.quantized, self.batches = reference, quantized, batches
         self.units = split_into_units(reference)
-        self._options = {"optimize": optimize, "threads": threads}
+        self._optimize, self._threads = optimize, threads
         self._stage, self._progress = stage, progress
         self._folder = tempfile.TemporaryDirectory(prefix="qpass-stream-")
         self._uses = _uses_of(self.units)
@@ -111,7 +111,8 @@ class Stream:
         self._output_names = [
             tensor.name for tensor in reference.outputs if tensor.inputs or tensor.name in given
         ]
-        self.store = _Store(memory_bytes, Path(self._folder.name), self._next_use)
+        self.folder = Path(self._folder.name)
+        self.store = _Store(memory_bytes, self.folder, self._next_use)
 
     def __enter__(self) -> Self:
         """Return the stream."""
@@ -152,7 +153,13 @@ class Stream:
 
     def session(self, graph: Graph, side: Side, outputs: Sequence[str]) -> Submodel:
         """Make a session that computes `outputs` from what is alive."""
-        return Submodel(graph, self.feeds(side, 0), outputs, **self._options)
+        return Submodel(
+            graph,
+            self.feeds(side, 0),
+            outputs,
+            optimize=self._optimize,
+            threads=self._threads,
+        )
 
     def outputs(self) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
         """Yield, after the walk, the float and the quantized graph's outputs of each batch."""
@@ -277,19 +284,19 @@ class _Feeds(Mapping[str, Array]):
 class _Store:
     """Live tensors in memory up to a budget; those needed last go to files first."""
 
-    def __init__(self, budget: int, folder: Path, next_use: Any) -> None:
+    def __init__(self, budget: int, folder: Path, next_use: Callable[[str], int]) -> None:
         self._budget, self._folder, self._next_use = budget, folder, next_use
         self._held: dict[tuple[Side, str, int], Array] = {}
         self._files: dict[tuple[Side, str, int], tuple[Path, Any, tuple[int, ...]]] = {}
-        self._bytes = 0
+        self.held_bytes = 0
         self.spilled = 0  # tensors that went to files so far
 
     def put(self, side: Side, name: str, batch: int, array: Array) -> None:
         """Keep one array."""
         key = (side, name, batch)
         self._held[key] = array
-        self._bytes += array.nbytes
-        while self._bytes > self._budget:
+        self.held_bytes += array.nbytes
+        while self.held_bytes > self._budget:
             candidates = [k for k, a in self._held.items() if a.nbytes and not a.dtype.hasobject]
             if not candidates:
                 return  # text has no fixed size and stays
@@ -297,7 +304,7 @@ class _Store:
 
     def _spill(self, key: tuple[Side, str, int]) -> None:
         array = self._held.pop(key)
-        self._bytes -= array.nbytes
+        self.held_bytes -= array.nbytes
         path = self._folder / f"{self.spilled}.bin"
         self.spilled += 1
         array.tofile(path)
@@ -322,7 +329,7 @@ class _Store:
     def drop(self, name: str) -> None:
         """Forget a tensor in all batches of both sides."""
         for key in [k for k in self._held if k[1] == name]:
-            self._bytes -= self._held.pop(key).nbytes
+            self.held_bytes -= self._held.pop(key).nbytes
         for key in [k for k in self._files if k[1] == name]:
             self._files.pop(key)[0].unlink()
 

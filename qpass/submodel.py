@@ -101,6 +101,8 @@ class Submodel:
         )
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        # Runs are short and many: threads that wait in a loop take the time of those that work.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:

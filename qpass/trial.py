@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qpass.verify.engines import session_options
+from qpass.verify.engines import KEEP_SIGNED, session_options
 from qpass.verify.metrics import ErrorMeter
 
 Array = NDArray[Any]
@@ -78,7 +78,7 @@ def _outputs(
 ) -> list[list[Array]]:
     session = ort.InferenceSession(
         model.SerializeToString(),
-        session_options(threads=threads),
+        session_options(threads=threads, config=KEEP_SIGNED),
         providers=["CPUExecutionProvider"],
     )
     return [session.run(None, dict(feeds)) for feeds in samples]

@@ -1,8 +1,8 @@
 """Cut a graph into units: contiguous slices of the topological order, each with one linear op.
 
 A unit ends in a linear op with constant weights; what follows the last one belongs to the last
-unit. Its inputs are whatever it reads from earlier units, its outputs whatever is read later. This
-needs no single entry and no single exit, so skips, U-Nets and multi-head graphs are nothing special.
+unit. Its inputs are whatever it reads from earlier units, its outputs whatever is read later. No
+single entry or exit is needed, so skips, U-Nets and graphs with several heads are nothing special.
 """
 
 from __future__ import annotations

@@ -244,6 +244,44 @@ def test_wrong_usage_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None
     assert "--model needs --data and --holdout-data" in capsys.readouterr().err
 
 
+def test_qpass_writes_the_same_bytes_twice(tmp_path: Path) -> None:
+    # Repairing decides by measured times, which this test must not depend on.
+    contestant = 'qpass:ort-x86,repair=false,engines=["ort"]'
+    code = bench.main([
+        "determinism", "digits_cnn", "--contestants", contestant, "float", "--samples", "8",
+        "--out", str(tmp_path),
+    ])  # fmt: skip
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert code == 0
+    assert [(row["contestant"], row["status"]) for row in rows] == [(contestant, "ok")]
+    assert (rows[0]["same_bytes"], rows[0]["runs"], len(rows[0]["sha256"])) == (True, 2, 64)
+
+
+def test_determinism_of_one_run_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["determinism", "digits_cnn", "--repeat", "1"]) == 2
+    assert "at least two runs" in capsys.readouterr().err
+
+
+def test_cost_of_calibration_is_a_ratio_of_the_same_samples(tmp_path: Path) -> None:
+    stored = write_samples(tmp_path / "s.npz", load_case(DIGITS).calibration(16), 16)
+    job = {
+        "job": "calibrate",
+        "model": DIGITS["model"],
+        "target": "ort-x86",
+        "options": {"repair": False},
+        "samples": str(stored.path),
+        "count": 16,
+        "batch": 8,
+        "timed": True,
+    }
+    result = run_job(job, folder=tmp_path, timeout=TIMEOUT)
+    assert "error" not in result
+    assert result["taps"] > 9
+    assert 0 < result["calibrate_ratio_low"] <= result["calibrate_ratio"]
+    assert result["calibrate_ratio"] <= result["calibrate_ratio_high"]
+    assert result["peak_rss_bytes"] >= result["base_rss_bytes"]
+
+
 # --------------------------------------------------------------------------------------- bars
 def made_row(contestant: str, **values: Any) -> dict[str, Any]:
     row = {"kind": "model", "status": "ok", "model": "m", "engine": "ort"}

@@ -31,6 +31,7 @@ GainKind = Literal["channel", "tensor", "none"]
 DEAD_SHARE: Final = 1e-8
 # Elements per chunk: two float64 copies of it stay in the cache of a core.
 CHUNK: Final = 1 << 15
+# Parts in turn left out of the fit to judge by.
 FOLDS: Final = 4
 
 
@@ -126,18 +127,22 @@ class PairMoments:
     @property
     def finite(self) -> Array:
         """True for the channels that held no NaN and no infinity."""
-        return np.isfinite(self.mean_a + self.mean_t + self.m_aa + self.m_at + self.m_tt)
+        sums = self.mean_a + self.mean_t + self.m_aa + self.m_at + self.m_tt
+        finite: Array = np.isfinite(sums)
+        return finite
 
     def error(self, affine: ChannelAffine) -> Array:
         """Return the mean of ``(gain * a + offset - t)^2`` of each channel."""
         gain, count = affine.gain, max(self.count, 1)
         spread = gain * gain * self.m_aa - 2.0 * gain * self.m_at + self.m_tt
         bias = gain * self.mean_a + affine.offset - self.mean_t
-        return np.maximum(spread, 0.0) / count + bias * bias
+        error: Array = np.maximum(spread, 0.0) / count + bias * bias
+        return error
 
     def signal(self) -> Array:
         """Return the mean of ``t^2`` of each channel."""
-        return self.m_tt / max(self.count, 1) + self.mean_t * self.mean_t
+        signal: Array = self.m_tt / max(self.count, 1) + self.mean_t * self.mean_t
+        return signal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +185,8 @@ def solve_channel_affine(
     if gain != "none" and mean > 0.0:
         prior = ridge * mean
         if gain == "channel":
-            gains = np.where(aa < DEAD_SHARE * mean, 1.0, (at + prior) / (aa + prior))
+            alive = aa > DEAD_SHARE * mean
+            np.divide(at + prior, aa + prior, out=gains, where=alive)
         else:
             gains = np.full(aa.shape, (at.mean() + prior) / (mean + prior))
         gains = np.clip(gains, *clip)
@@ -211,6 +217,14 @@ def solve_gated(
     def solve(moments: PairMoments, kind: GainKind) -> ChannelAffine:
         return solve_channel_affine(moments, ridge=ridge, clip=clip, gain=kind, offset=offset)
 
+    if len(groups) < 2:
+        return GatedAffine(
+            affine=ChannelAffine.identity(finite.size),
+            gain_and_offset=0,
+            offset_only=0,
+            unchanged=finite.size,
+            unusable=0,
+        )
     folds = min(FOLDS, len(groups))
     shares = np.array([g.count for g in groups]) / max(whole.count, 1)
     errors = np.zeros((3, len(groups), finite.size))
@@ -247,11 +261,9 @@ def solve_gated(
 
 def _surely_positive(drops: Array, confidence: float) -> Array:
     """True where the mean over the groups (axis 0) is above `confidence` standard errors."""
-    count = drops.shape[0]
-    if count < 2:
-        return np.zeros(drops.shape[1:], bool)
-    error = drops.std(axis=0, ddof=1) / np.sqrt(count)
-    return drops.mean(axis=0) > confidence * error
+    error = drops.std(axis=0, ddof=1) / np.sqrt(drops.shape[0])
+    positive: Array = drops.mean(axis=0) > confidence * error
+    return positive
 
 
 def merge_all(groups: Sequence[PairMoments]) -> PairMoments:

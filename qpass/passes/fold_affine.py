@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qpass.graph import Constant, Graph, Node, array_of
+from qpass.matching import weight_axis
 from qpass.passes.channel_affine import Array, ChannelAffine, GainKind
-from qpass.planner import weight_axis
 
 # Ops through which a MatMul's bias may lie behind it.
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -201,7 +201,7 @@ def _bias_place(graph: Graph, node: Node, *, inside: bool) -> tuple[Slot | None,
         return Slot(node=reader, index=1 - index), True, ""
     if reader.op == "Add":
         maker = graph.producer(reader.inputs[1 - index])
-        if maker is not None and maker.op == "DequantizeLinear":
-            if isinstance(maker.inputs[0], Constant):
-                return None, False, "the bias behind it is stored in integers"
+        stored = maker.inputs[0] if maker and maker.op == "DequantizeLinear" else None
+        if isinstance(stored, Constant):
+            return None, False, "the bias behind it is stored in integers"
     return None, False, "there is no bias behind it (--allow-runtime-ops would add one)"

@@ -96,4 +96,5 @@ def sample_sqnr_db(wanted: Feeds, got: Feeds) -> Array:
             [sqnr_db(array[row], got[name][row]) for name, array in wanted.items()]
             for row in range(rows)
         ]
-    return np.clip(np.array(values, np.float64), -200.0, 200.0).mean(axis=1)
+    result: Array = np.clip(np.array(values, np.float64), -200.0, 200.0).mean(axis=1)
+    return result

@@ -122,7 +122,7 @@ def _print_engines(report: Report, console: Console) -> None:
     columns = ("engine", "integer ops", "latency", "speed-up", "SQNR", "cosine", "on/off")
     print_table(console, "Engines", columns, rows)
     weakest = [
-        (engine.name, *min(engine.outputs, key=lambda output: output[1]))
+        (engine.name, *min(engine.outputs, key=lambda output: wording.worst_first(output[1])))
         for engine in report.engines
         if len(engine.outputs) > 1
     ]

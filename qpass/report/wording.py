@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qpass.report.model import EngineReport, FloatOp, Latency, LayerReport, Report
+from qpass.verify.metrics import CAP_DB
 
 NONE: Final = "-"
 KIBI: Final = 1024
@@ -37,8 +38,12 @@ def number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def decibels(value: float | None) -> str:
-    """Write an SQNR: an infinite one means that both outputs are the same."""
-    return "exact" if value == math.inf else number(value, 1, " dB")
+    """Write an SQNR: at the cap of the meter both outputs are the same, at -inf one is broken."""
+    if value == -math.inf:
+        return "broken"
+    if value is not None and value >= CAP_DB:
+        return "exact"
+    return number(value, 1, " dB")
 
 
 def factor(value: float | None) -> str:
@@ -99,14 +104,15 @@ def names(items: Sequence[str], limit: int) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
+def worst_first(sqnr_db: float) -> tuple[bool, float]:
+    """Return the sort key of an SQNR: unknown ones (NaN) first, then the lowest."""
+    unknown = math.isnan(sqnr_db)
+    return not unknown, 0.0 if unknown else sqnr_db
+
+
 def worst_layers(report: Report, limit: int) -> list[LayerReport]:
     """Return the layers with the lowest SQNR after compensation; unknown ones (NaN) first."""
-
-    def key(layer: LayerReport) -> tuple[bool, float]:
-        unknown = math.isnan(layer.sqnr_db_after)
-        return not unknown, 0.0 if unknown else layer.sqnr_db_after
-
-    return sorted(report.layers, key=key)[:limit]
+    return sorted(report.layers, key=lambda layer: worst_first(layer.sqnr_db_after))[:limit]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

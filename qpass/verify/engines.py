@@ -54,6 +54,12 @@ _REFERENCE_ERRORS: Final = (
 )
 
 
+# On x86-64 onnxruntime turns S8 activations into U8. Version 1.31 then refuses a Reshape between
+# a Conv and its Q ("output_dtype INT8 does not match y_zero_point type UINT8"); so where it is not
+# the speed on this machine that counts, they stay S8.
+KEEP_SIGNED: Final[Mapping[str, str]] = {"session.qdqisint8allowed": "1"}
+
+
 class EngineError(QpassError):
     """An engine refused to load or to run a model; the message is the engine's own, trimmed."""
 

@@ -12,6 +12,12 @@ from qpass.verify.check import leftovers
 MAX_ROUNDS: Final = 3
 # Shared machines are noisy: less than this is not called slower.
 SLOWER: Final = 1.03
+# Below this a model is dominated by the call itself, and its timing by noise, which would make the
+# result differ from run to run.
+SMALLEST_MS: Final = 0.5
+# An op is given up when it loses this share and this much; a smaller difference is noise as well.
+OP_LOSS: Final = 1.1
+OP_LOSS_US: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,13 @@ def repair_leftovers(report: EngineReport) -> Repair | None:
     )
 
 
+def worth_repairing(report: EngineReport) -> bool:
+    """Return True when the result is surely slower than float, and not just by noise."""
+    if report.latency_ms is None or report.speedup is None:
+        return False
+    return report.latency_ms.float >= SMALLEST_MS and report.speedup * SLOWER < 1.0
+
+
 def repair_slow(report: EngineReport, slower: Sequence[tuple[str, float, float]]) -> Repair | None:
     """Give up integer ops that measured slower than their float form.
 
@@ -42,7 +55,8 @@ def repair_slow(report: EngineReport, slower: Sequence[tuple[str, float, float]]
         report: of the engine in which the result is slower than float.
         slower: (node, float microseconds, integer microseconds) from the engine's profiles.
     """
-    if report.speedup is None or report.speedup * SLOWER >= 1.0 or not slower:
+    slower = [row for row in slower if row[2] > OP_LOSS * row[1] + OP_LOSS_US]
+    if report.speedup is None or not slower:
         return None
     lost = sum(integer - plain for _, plain, integer in slower)
     return Repair(

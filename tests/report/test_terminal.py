@@ -177,6 +177,13 @@ def test_the_weakest_of_several_outputs_is_named(report: Report) -> None:
     assert "ort: logits 31.2 dB" in summary(report)
 
 
+def test_an_output_of_unknown_sqnr_is_the_weakest_wherever_it_stands(report: Report) -> None:
+    outputs = (("boxes", 35.0), ("scores", float("nan")))
+    for order in (outputs, outputs[::-1]):
+        engine = replace(report.engines[0], outputs=order)
+        assert "ort: scores -\n" in summary(replace(report, engines=(engine,)))
+
+
 def test_a_bare_report_prints(report: Report) -> None:
     bare = replace(
         report, engines=(), layers=(), gates=(), passes=(), notes=(), rounds=(), metric=None

@@ -1,0 +1,216 @@
+"""Verify and repair: run the result in its engines, edit the plan, and go round again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+
+from qpass.choose import QTable
+from qpass.errors import ModelError, RecipeError
+from qpass.graph import Graph
+from qpass.modelfile import save_model
+from qpass.pipeline import Run, metadata_of, quantize
+from qpass.plan import Plan
+from qpass.planner import plan as make_plan
+from qpass.program import Policy
+from qpass.report.model import EngineReport, PassReport
+from qpass.verify import available_engines, profile_ort, read_back
+from qpass.verify.check import Reference, check_engine
+from qpass.verify.engines import EngineError, EngineName
+from qpass.verify.repair import (
+    MAX_ROUNDS,
+    SLOWER,
+    Repair,
+    repair_leftovers,
+    repair_slow,
+    worth_repairing,
+)
+from qpass.verify.trace import trace
+
+TIMING_SECONDS: Final = 0.6  # per engine
+DIALECT_LOSS_DB: Final = 3.0  # a file of another engine's dialect that loses more is warned of
+VERIFYING: Final[tuple[EngineName, ...]] = ("ort", "openvino")
+
+
+def engines_for(run: Run) -> list[EngineName]:
+    """Return the engines to verify in, the target's own first.
+
+    Raises:
+        RecipeError: the user asked for an engine that is not there.
+    """
+    own: EngineName = "openvino" if run.target.engine == "openvino" else "ort"
+    installed = available_engines()
+    for name in run.options.engines:
+        if name not in VERIFYING:
+            raise RecipeError(f"there is no engine {name}", fix=f"known: {', '.join(VERIFYING)}")
+        if name not in installed:
+            raise RecipeError(f"engine {name} is not installed", fix=f"pip install qpass[{name}]")
+    chosen = run.options.engines or installed
+    return sorted((name for name in VERIFYING if name in chosen), key=lambda name: name != own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What a round changes, to go back to when the round did not help."""
+
+    policy: Policy
+    plan: Plan | None
+    qtable: QTable | None
+    quantized: Graph | None
+    passes: list[PassReport]
+    engines: list[EngineReport]
+
+    @classmethod
+    def of(cls, run: Run) -> _State:
+        return cls(
+            policy=run.policy,
+            plan=run.plan,
+            qtable=run.qtable,
+            quantized=run.quantized,
+            passes=run.passes,
+            engines=run.engines,
+        )
+
+    def restore(self, run: Run) -> None:
+        run.policy, run.plan, run.qtable = self.policy, self.plan, self.qtable
+        run.quantized, run.passes, run.engines = self.quantized, self.passes, self.engines
+
+
+def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -> None:
+    """Check the file in its engines; edit the plan and go round again while that helps.
+
+    A round that was to make the result faster and did not is taken back.
+    """
+    engines = engines_for(run)
+    with run.stages.stage("verify"):
+        reference = Reference.run(run.source, held_out, threads=run.options.jobs)
+    before: _State | None = None  # the state before a round that was about speed
+    for number in range(1, MAX_ROUNDS + 2):
+        with run.stages.stage("verify"), tempfile.TemporaryDirectory() as folder:
+            run.engines, run.failures = _check_all(run, engines, path, reference, Path(folder))
+        if not run.engines or run.engines[0].name != engines[0]:
+            return  # the target's own engine refuses the file: a gate says so
+        own = run.engines[0]
+        if before is not None and not _faster(own, before.engines[0]):
+            before.restore(run)
+            _write(run, path)
+            run.rounds.append("the last round did not make it faster and was taken back")
+            return
+        if not may_repair(run) or number > MAX_ROUNDS:
+            return
+        repair, before = repair_leftovers(own), None
+        if repair is None and worth_repairing(own):
+            with run.stages.stage("verify"):
+                repair = repair_slow(own, _slower_nodes(run, path, reference, own))
+            before = _State.of(run)
+        if repair is None:
+            return
+        if not _apply(run, repair, path):
+            run.rounds.append(f"round {number}: {repair.sentence} Given up: nothing would be left.")
+            return
+        run.rounds.append(f"round {number}: {repair.sentence}")
+
+
+def _faster(new: EngineReport, old: EngineReport) -> bool:
+    if new.speedup is None or old.speedup is None:
+        return False
+    return new.speedup > old.speedup * SLOWER
+
+
+def may_repair(run: Run) -> bool:
+    """Return True when the engine was meant to run the result in integers."""
+    precision = run.policy.precision
+    if precision.simulated or run.target.engine == "none" or not run.options.repair:
+        return False
+    return precision.activation is not None
+
+
+def compare_engines(run: Run) -> None:
+    """Warn of a result slower than float, and of engines that compute the file much worse."""
+    own = run.engines[0] if run.engines else None
+    if own is None:
+        return
+    if may_repair(run) and worth_repairing(own):
+        run.notes.append(
+            f"SLOWER THAN FLOAT in {own.name}: {own.speedup:.2f}x. Repair found nothing more to "
+            "give up; --min-speedup 1 makes it a gate."
+        )
+    for other in run.engines[1:]:
+        if own.sqnr_db is None or other.sqnr_db is None:
+            continue
+        if other.sqnr_db < own.sqnr_db - DIALECT_LOSS_DB:
+            run.notes.append(
+                f"{other.name} computes this file with {other.sqnr_db:.1f} dB, {own.name} with "
+                f"{own.sqnr_db:.1f} dB: it is for {own.name} only"
+            )
+
+
+def _check_all(
+    run: Run, engines: list[EngineName], path: Path, reference: Reference, folder: Path
+) -> tuple[list[EngineReport], dict[str, str]]:
+    reports: list[EngineReport] = []
+    failures: dict[str, str] = {}
+    for engine in engines:
+        try:
+            reports.append(
+                check_engine(
+                    engine,
+                    float_model=run.source,
+                    quantized=path,
+                    plan=run.plan,
+                    reference=reference,
+                    workdir=folder,
+                    seconds=TIMING_SECONDS,
+                )
+            )
+        except EngineError as error:
+            failures[engine] = str(error)
+    return reports, failures
+
+
+def _apply(run: Run, repair: Repair, path: Path) -> bool:
+    """Plan again with the repair; False, and nothing changed, when nothing would be left."""
+    assert run.graph is not None
+    policy = replace(run.policy, float_nodes={**run.policy.float_nodes, **repair.float_nodes})
+    try:
+        run.plan = make_plan(run.graph, run.target, policy)
+    except ModelError:
+        return False
+    run.policy = policy
+    quantize(run)
+    _write(run, path)
+    return True
+
+
+def _write(run: Run, path: Path) -> None:
+    assert run.quantized is not None
+    with run.stages.stage("write"):
+        save_model(run.quantized, path, metadata=metadata_of(run))
+
+
+def _slower_nodes(
+    run: Run, path: Path, reference: Reference, own: EngineReport
+) -> list[tuple[str, float, float]]:
+    """Return the planned linear nodes that cost more in integers than in float, worst first."""
+    if own.name != "ort" or not reference.feeds:
+        return []
+    times: list[dict[str, float]] = []
+    for file in (run.source, path):
+        model = onnx.load(file, load_external_data=False)
+        profile = profile_ort(file, dict(reference.feeds[0]))
+        with tempfile.TemporaryDirectory() as folder:
+            found = trace(model, read_back("ort", file, Path(folder)))
+        times.append({n: profile.get(op.name, 0.0) for n, op in found.items() if op is not None})
+    plain, integer = times
+    assert run.plan is not None
+    rows = [
+        (name, plain[name], integer[name])
+        for name in run.plan.integer_nodes()
+        if integer.get(name, 0.0) > plain.get(name, float("inf"))
+    ]
+    return sorted(rows, key=lambda row: row[1] - row[2])
