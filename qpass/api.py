@@ -14,7 +14,8 @@ import onnx
 from qpass.calibrate import TapRequest, collect, input_specs, open_samples, save_stats
 from qpass.calibrate import shard as take_shard
 from qpass.compare import LayerDifference, compare_layers
-from qpass.errors import RecipeError
+from qpass.errors import ModelError, RecipeError
+from qpass.files import check_folder
 from qpass.graph import Graph
 from qpass.modelfile import load_model, model_bytes, save_model
 from qpass.options import Options
@@ -38,7 +39,7 @@ from qpass.planner import plan as make_plan
 from qpass.program import Policy, Progress
 from qpass.recipe import read_recipe
 from qpass.report.model import EngineReport, LayerReport, Report
-from qpass.result import build_report, evaluate_metric, gates_of
+from qpass.result import build_report, evaluate_metric, gates_of, load_callable
 from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
@@ -107,11 +108,13 @@ def optimize(
     settings = make_options(recipe, target=target, precision=precision, **options)
     source = Path(model)
     final = Path(output) if output is not None else default_output(source, settings.precision)
-    if not final.parent.is_dir():
-        raise RecipeError(f"there is no folder {final.parent}", fix="make it, or choose another -o")
+    check_folder(final)
     if final.exists() and source.exists() and final.samefile(source):
         raise RecipeError("the result would overwrite the model", fix="choose another -o")
+    if settings.eval is not None:
+        load_callable(settings.eval, "--eval")  # known now, not after the work
     run = start(source, settings)
+    engines_for(run)
     prepare(run)
     if run.policy.precision.simulated:
         run.notes.append(
@@ -214,12 +217,17 @@ def calibrate(
         progress: as for `optimize`.
         options: fields of `qpass.options.Options`.
     """
+    check_folder(Path(output))
     settings = make_options(target=target, holdout=0.0, **options)
     run = start(Path(model), settings)
     graph = prepare(run)
     taps: dict[str, TapRequest] = {}
     for name in [target] if target is not None else sorted(TARGETS):
-        for tap in taps_of(graph, plan_for(graph, name, run.policy)):
+        try:
+            wanted = taps_of(graph, plan_for(graph, name, run.policy))
+        except ModelError:  # a target that can quantize nothing here asks for no statistics
+            continue
+        for tap in wanted:
             taps.setdefault(tap.tensor, tap)
     samples, _ = open_data(run, data)
     result = collect(

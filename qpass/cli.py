@@ -26,8 +26,8 @@ from rich.progress import (
 
 from qpass import api
 from qpass.calibrate import merge_stats, save_stats
-from qpass.errors import UserError
-from qpass.files import write_text
+from qpass.errors import QpassError, RecipeError, UserError
+from qpass.files import check_folder, write_text
 from qpass.inspect import inspect_model
 from qpass.lint import lint as lint_model
 from qpass.report.html import plotly_js, write_html
@@ -42,24 +42,25 @@ from qpass.rows import (
     short,
 )
 from qpass.targets import TARGETS, load_target
+from qpass.verify.engines import EngineError
 from qpass.version import __version__
 
 PATH: Final = click.Path(path_type=Path)
 LATER: Final = "is not in this version"
 
 
-def fail(error: UserError) -> None:
-    """Print a user's mistake and leave with exit code 2."""
+def fail(error: QpassError) -> None:
+    """Print what is wrong with the input and leave with exit code 2."""
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
     sys.exit(2)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a UserError of the body into exit code 2."""
+    """Turn a UserError of the body, and an engine that refuses the file, into exit code 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, EngineError) as error:
         fail(error)
 
 
@@ -104,7 +105,7 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, help="Seed of everything random (default 0)."),
         click.option("--jobs", type=int, help="Threads of the engine; 0: all cores."),
         click.option("--memory", help="Memory budget, such as 2GiB (default)."),
-        click.option("--batch-size", type=int, help="Samples per run of the model (default 8)."),
+        click.option("--batch-size", type=int, help="Samples per run of the model (default 4)."),
         click.option("--samples", type=int, help="Calibration samples to use (default 128)."),
         click.option("--preprocess", help="For images: imagenet, or a TOML file."),
         click.option(
@@ -122,12 +123,28 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-o", "--output", type=PATH, help="Result (default: MODEL.int8.onnx beside it).")
 @click.option("--target", help="Engine to compile for, see `qpass targets` (default ort-x86).")
 @click.option("--precision", help="wNaM, or wN for weights only (default w8a8).")
-@click.option("--activations", type=click.Choice(["static", "dynamic"]))
-@click.option("--calibrate", type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"]))
-@click.option("--compensate", type=click.Choice(["cwac", "bias", "qwt", "nbc", "none"]))
-@click.option("--round", type=click.Choice(["rtn", "mse", "gptq", "erq", "unit", "adaround"]))
-@click.option("--unified-norm", type=click.Choice(["auto", "off"]))
-@click.option("--equalize/--no-equalize", default=None)
+@click.option(
+    "--activations",
+    type=click.Choice(["static", "dynamic"]),
+    help="Ranges from samples (static, default), or of MatMul inputs at run time.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"]),
+    help="How ranges are chosen; auto (default) lets methods compete.",
+)
+@click.option(
+    "--compensate",
+    type=click.Choice(["cwac", "bias", "qwt", "nbc", "none"]),
+    help="Correction of channels behind linear ops.",
+)
+@click.option(
+    "--round",
+    type=click.Choice(["rtn", "mse", "gptq", "erq", "unit", "adaround"]),
+    help="How weights are rounded (default rtn, to nearest).",
+)
+@click.option("--unified-norm", type=click.Choice(["auto", "off"]), help="Replace LayerNorm.")
+@click.option("--equalize/--no-equalize", default=None, help="Even out channel ranges.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
 @click.option("--holdout", type=float, metavar="F", help="Share held out to verify (default 0.25).")
 @samples_options
@@ -151,6 +168,8 @@ def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
         options["keep"] = options["keep"] or None
         _refuse_later(options)
         if options["report"]:
+            if Path(options["report"]).is_file():
+                raise RecipeError(f"--report {options['report']} is a file", fix="name a folder")
             plotly_js()  # a missing package shows before the work, not after it
         with progress_bar(quiet=as_json) as progress:
             report = api.optimize(model, progress=progress, **options)
@@ -200,15 +219,21 @@ def calibrate(model: Path, output: Path, shard: str | None, **options: Any) -> N
 def merge(stats: tuple[Path, ...], output: Path) -> None:
     """Merge the STATS of shards into one file."""
     with user_errors():
+        check_folder(output)
         save_stats(output, *merge_stats(stats))
         click.echo(f"wrote {output}")
 
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--target", default="ort-x86", show_default=True)
-@click.option("--precision", default="w8a8", show_default=True)
-@click.option("--activations", type=click.Choice(["static", "dynamic"]), default="static")
+@click.option("--target", default="ort-x86", show_default=True, help="Engine to plan for.")
+@click.option("--precision", default="w8a8", show_default=True, help="wNaM or wN.")
+@click.option(
+    "--activations",
+    type=click.Choice(["static", "dynamic"]),
+    default="static",
+    help="Ranges of activations: from samples, or at run time.",
+)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
 @click.option("-o", "--output", type=PATH, help="Write the plan as JSON, to be edited.")
 def plan(model: Path, output: Path | None, **options: Any) -> None:
@@ -232,7 +257,7 @@ def plan(model: Path, output: Path | None, **options: Any) -> None:
 @click.argument("model", type=PATH)
 @click.option("--reference", type=PATH, metavar="FP.onnx", help="Float model to compare with.")
 @click.option("--engine", default=None, help="Engines, such as ort,openvino (default: installed).")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @samples_options
 def verify(
     model: Path, reference: Path | None, engine: str | None, as_json: bool, **options: Any
@@ -256,7 +281,7 @@ def verify(
 @main.command()
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @samples_options
 def compare(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare model A (the reference) and B layer by layer."""
@@ -272,7 +297,7 @@ def compare(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("model", type=PATH)
 @click.option("--target", help="Also the rules of this target.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def lint(model: Path, target: str | None, as_json: bool) -> None:
     """Check any QDQ MODEL against what engines accept; exit code 1 when there are errors."""
     with user_errors():
@@ -290,7 +315,7 @@ def lint(model: Path, target: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def inspect(model: Path, as_json: bool) -> None:
     """Show ops, dtypes, sizes of MODEL and what can be quantized; weights are not loaded."""
     with user_errors():

@@ -45,7 +45,7 @@ class Options:
     keep: tuple[str, ...] = ()
     samples: int = 128
     holdout: float = 0.25
-    batch_size: int = 8
+    batch_size: int = 4
     memory: str = "2GiB"
     jobs: int = 0  # threads of the engine while calibrating; 0: all cores
     seed: int = 0

@@ -39,7 +39,7 @@ from qpass.targets import Target, load_target
 from qpass.trial import TRIAL_SAMPLES, try_methods
 from qpass.version import __version__
 
-VERIFY_SAMPLES: Final = 64  # at most so many held-out samples are compared
+VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
 LAYER_SAMPLES: Final = 4
 
 

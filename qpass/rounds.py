@@ -21,7 +21,7 @@ from qpass.program import Policy
 from qpass.report.model import EngineReport, PassReport
 from qpass.verify import available_engines, profile_ort, read_back
 from qpass.verify.check import Reference, check_engine
-from qpass.verify.engines import EngineError, EngineName
+from qpass.verify.engines import KEEP_SIGNED, EngineError, EngineName
 from qpass.verify.repair import (
     MAX_ROUNDS,
     SLOWER,
@@ -155,6 +155,8 @@ def _check_all(
 ) -> tuple[list[EngineReport], dict[str, str]]:
     reports: list[EngineReport] = []
     failures: dict[str, str] = {}
+    # A dialect of other hardware is only computed here, so its types stay what they are.
+    config = KEEP_SIGNED if run.target.engine == "none" else None
     for engine in engines:
         try:
             reports.append(
@@ -166,6 +168,7 @@ def _check_all(
                     reference=reference,
                     workdir=folder,
                     seconds=TIMING_SECONDS,
+                    session_config=config if engine == "ort" else None,
                 )
             )
         except EngineError as error:

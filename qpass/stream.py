@@ -248,6 +248,8 @@ class Step:
         if not names:
             return
         if not self._float_done:
+            for name in names:  # of batches before the caller stopped to look
+                stream.store.drop(name)
             session = self._float_session()
             for batch in range(len(stream.batches)):
                 self._run_float(session, batch)

@@ -228,6 +228,20 @@ def test_the_temporary_folder_goes_away_even_after_an_error(batches):
     assert not stream.folder.exists()
 
 
+def test_a_caller_may_stop_looking(batches):
+    results = []
+    for stop in (True, False):
+        graphs = residual_network(quantized=False), residual_network(quantized=True)
+        with Stream(*graphs, batches, optimize=False) as stream:
+            for step in stream:
+                for _ in step.taps():
+                    if stop:
+                        break
+            results.append([a for pair in stream.outputs() for d in pair for a in d.values()])
+    for left, right in zip(*results, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
 def test_what_cannot_be_reached_is_a_bug_of_the_caller(batches):
     graph = residual_network(quantized=False)
     with pytest.raises(InternalError, match="no tensor nowhere"):

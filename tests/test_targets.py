@@ -273,7 +273,7 @@ def test_vitis_scales_are_powers_of_two_everywhere(model: str) -> None:
         scale = array_of(node.inputs[1])
         assert scale.ndim == 0
         assert np.frexp(scale)[0] == 0.5
-        assert array_of(node.inputs[2]) == 0
+        assert len(node.inputs) == 2 or array_of(node.inputs[2]) == 0  # int32 biases have none
 
 
 def test_vitis_aligns_pooling_with_its_input() -> None:

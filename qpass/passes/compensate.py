@@ -332,7 +332,7 @@ def _skip_of(
     maker = graph.producer(other)
     twin = nodes.get(add.name)
     later = maker is not None and places[maker.name] > places[linear.name]
-    if later or twin is None or other.shape is None or other.shape != out.shape:
+    if later or twin is None or twin.op != "Add" or other.shape is None or other.shape != out.shape:
         return None
     return Pair(float_name=other.name, quantized_name=twin.inputs[1 - index].name)
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qpass.dtypes import INT32
 from qpass.errors import InternalError
 from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.plan import Decision, Plan
@@ -58,14 +59,14 @@ def dequantize_node(
     if numbers.block_size is not None:
         attrs["block_size"] = numbers.block_size
     inputs = [source, *(constants or _scale_and_zero_point(graph, name, numbers))]
-    return graph.make(
-        "DequantizeLinear", inputs, [out], name=f"{name}_DequantizeLinear", attrs=attrs
-    )
+    if numbers.storage is INT32:
+        inputs.pop()  # it is 0 by definition (onnx, DequantizeLinear) and would cost as much again
+    return graph.make("DequantizeLinear", inputs, [out], name=f"{name}_DQ", attrs=attrs)
 
 
 def _scale_and_zero_point(graph: Graph, name: str, numbers: QParams) -> tuple[Constant, Constant]:
     scale = graph.constant(f"{name}_scale", numbers.scale)
-    return scale, graph.constant(f"{name}_zero_point", numbers.zero_point)
+    return scale, graph.common_constant(f"{name}_zero_point", numbers.zero_point)
 
 
 def _insert_pair(
@@ -97,7 +98,7 @@ def _insert_pair(
         f"{decision.key}_quantized", np.dtype(numbers.storage.numpy), tensor.shape
     )
     constants = _scale_and_zero_point(graph, decision.key, numbers)
-    name = f"{decision.key}_QuantizeLinear"
+    name = f"{decision.key}_Q"
     q = graph.make("QuantizeLinear", [tensor, *constants], [stored], name=name)
     dq = dequantize_node(graph, stored, restored, numbers, decision.key, constants)
     for node, index in readers:

@@ -41,7 +41,7 @@ def header(inputs: str, outputs: str, body: str) -> str:
 
 
 def mlp(*, quantized: bool, depth: int = 3) -> Graph:
-    """x -> [MatMul, Add, Relu] * depth; positive inputs make truncation of weights a bias."""
+    """Depth times MatMul, Add, Relu; positive inputs make truncation of weights a bias."""
     random = np.random.default_rng(0)
     lines, constants, x = [], {}, "x"
     for i in range(depth):
@@ -139,31 +139,24 @@ def test_one_batch_cannot_judge():
 # ------------------------------------------------------------------ residual branches
 
 RESIDUAL = """
-skip = MatMul (x, w_skip)
-low = Clip (skip, minus, plus)
+[skip] low = Add (x, shift)
 [branch] f = MatMul (x, w)
-g = Add (f, b)
-sum = Add (low, g)
+[bias] g = Add (f, b)
+[join] sum = Add (low, g)
 """
 
 
 def residual(*, quantized: bool) -> Graph:
     """The skip of the quantized graph is off by a constant; only the branch can be corrected."""
-    random = np.random.default_rng(5)
-    weight = random.standard_normal((WIDTH, WIDTH)).astype(np.float32)
-    constants = {
-        "w_skip": np.eye(WIDTH, dtype=np.float32),
-        "minus": np.float32(-1.0 + 0.5 * quantized),
-        "plus": np.float32(9.0),
-        "b": np.zeros(WIDTH, np.float32),
-    }
-    body = RESIDUAL.replace("skip = MatMul (x, w_skip)", "skip = Neg (x)").strip()
+    weight = np.random.default_rng(5).standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    shift = np.linspace(-0.5, 0.5, WIDTH).astype(np.float32) * np.float32(quantized)
+    constants = {"shift": shift, "b": np.zeros(WIDTH, np.float32)}
+    body = RESIDUAL.strip()
     if quantized:
-        constants |= quantized_weight("w", weight, 1, steps=31)
+        constants |= quantized_weight("w", weight, 1, steps=127)
         body = "w = DequantizeLinear <axis = 1> (w_int, w_scale)\n" + body
     else:
         constants["w"] = weight
-    del constants["w_skip"]
     text = header(f"float[N, {WIDTH}] x", f"float[N, {WIDTH}] sum", body)
     graph = Graph.from_text(text, **constants)
     graph.infer_shapes()

@@ -1,0 +1,134 @@
+"""Options, precisions and recipe files: what is taken, and what is refused with a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qpass.api import make_options
+from qpass.errors import RecipeError
+from qpass.options import Options, parse_bytes
+from qpass.program import Policy, Precision
+from qpass.recipe import read_recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("17", 17), ("2GiB", 2 << 30), ("1.5 KiB", 1536), ("3mb", 3_000_000), ("2k", 2000),
+     ("1TiB", 1 << 40), (" 5 B ", 5)],
+)  # fmt: skip
+def test_bytes(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 PiB", "-1", "1e9", "2GiB!"])
+def test_bytes_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="2GiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "activation", "simulated"),
+    [("w8a8", 8, 8, False), ("w8", 8, None, False), ("w4", 4, None, False), ("w4a8", 4, 8, True),
+     ("w8a16", 8, 16, True), ("w6a6", 6, 6, False), ("w2a2", 2, 2, True)],
+)  # fmt: skip
+def test_precision(text: str, weight: int, activation: int | None, simulated: bool) -> None:
+    found = Precision.parse(text)
+    assert (found.weight, found.activation, found.simulated) == (weight, activation, simulated)
+    assert str(found) == text
+
+
+@pytest.mark.parametrize("text", ["int8", "w8a", "a8", "w1a8", "w9", "w8a17", "w8a1", "W8A8", ""])
+def test_precision_refused(text: str) -> None:
+    with pytest.raises(RecipeError):
+        Precision.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"samples": 0}, "--samples 0"),
+        ({"holdout": 1.0}, "--holdout 1.0"),
+        ({"holdout": -0.5}, "--holdout -0.5"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"max_drop": 1.0}, "--max-drop needs --eval"),
+        ({"memory": "lots"}, "'lots'"),
+        ({"precision": "int8"}, "'int8'"),
+        ({"round": "adaround"}, "--round adaround"),
+        ({"sampels": 3}, "no option sampels"),
+    ],
+)
+def test_options_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_options(**options)
+    assert what in str(caught.value)
+
+
+def test_none_is_the_default() -> None:
+    assert make_options(target=None, samples=None) == Options()
+
+
+def test_recipe_then_explicit_options(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('target = "openvino"\nbatch-size = 4\nkeep = ["a*"]\nmin_sqnr = 20\n')
+    found = make_options(path, batch_size=2)
+    assert (found.target, found.batch_size, found.keep) == ("openvino", 2, ("a*",))
+    assert found.min_sqnr == 20.0
+    assert read_recipe(path).keys() == {"target", "batch_size", "keep", "min_sqnr"}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("colour = 3", "recipe key colour"),
+        ('samples = "many"', "recipe key samples"),
+        ('activations = "sometimes"', "recipe key activations"),
+        ("samples = ", "cannot read the recipe"),
+    ],
+)
+def test_recipe_refused(text: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=what) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_recipe_value_out_of_range_is_a_recipe_error(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("samples = 0")
+    with pytest.raises(RecipeError, match="--samples 0"):
+        read_recipe(path)
+
+
+def test_recipe_without_a_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_every_option_can_stand_in_a_recipe(tmp_path: Path) -> None:
+    lines = []
+    for field in dataclasses.fields(Options):
+        value = field.default
+        if value is None:
+            value = {"min_sqnr": 1.0, "max_drop": 1.0, "min_speedup": 1.0}.get(field.name, "a:b")
+        shown = list(value) if isinstance(value, tuple) else value
+        lines.append(f"{field.name} = {str(shown).lower() if shown is True else repr(shown)}")
+    path = tmp_path / "all.toml"
+    path.write_text("\n".join(lines))
+    assert read_recipe(path).keys() == {field.name for field in dataclasses.fields(Options)}
+
+
+def test_policy_names_the_reason_to_keep() -> None:
+    policy = Policy(
+        precision=Precision(weight=8, activation=8),
+        keep=("/head/*", "a[0]"),
+        float_nodes={"/head/b": "by hand"},
+    )
+    assert policy.reason_to_keep("/head/b") == "by hand"
+    assert policy.reason_to_keep("/head/c") == "user: --keep /head/*"
+    assert policy.reason_to_keep("a[0]") == "user: --keep a[0]"  # a name is no pattern first
+    assert policy.reason_to_keep("/Head/c") is None
