@@ -31,6 +31,7 @@ from qpass.pipeline import (
     quantize,
     sha256_of,
     start,
+    take_batches,
     taps_of,
 )
 from qpass.pipeline import calibrate as calibrate_run
@@ -131,6 +132,7 @@ def optimize(
             calibrate_run(run, calibration, progress)
             if _fits(run, source):
                 choose_method(run, list(islice(iter(calibration), TRIAL_SAMPLES)))
+                take_batches(run, calibration)
     quantize(run)
     assert run.quantized is not None
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".qpass-") as folder:
@@ -170,19 +172,21 @@ def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
     assert run.quantized is not None
     assert run.plan is not None
     integer = run.plan.integer_nodes()
-    rows = compare_layers(
-        run.graph.to_model(inline=True), run.quantized.to_model(inline=True), samples
-    )
+    reference = run.graph.to_model(inline=True)
+    rows = compare_layers(reference, run.quantized.to_model(inline=True), samples)
+    before = rows
+    if run.compensation is not None and run.plain is not None:
+        before = compare_layers(reference, run.plain.to_model(inline=True), samples)
     return [
         LayerReport(
             name=row.name,
             op=row.op,
-            sqnr_db_before=row.sqnr_db,
+            sqnr_db_before=plain.sqnr_db,
             sqnr_db_after=row.sqnr_db,
             cosine=row.cosine,
             precision="integer" if row.name in integer else "float",
         )
-        for row in rows
+        for row, plain in zip(rows, before, strict=True)
     ]
 
 

@@ -40,7 +40,7 @@ class Options:
     precision: str = "w8a8"
     activations: Activations = "static"
     calibrate: CalibrateMethod = "auto"
-    compensate: CompensateMethod = "none"
+    compensate: CompensateMethod = "cwac"
     round: RoundMethod = "rtn"
     keep: tuple[str, ...] = ()
     samples: int = 128
@@ -77,10 +77,10 @@ class Options:
             raise RecipeError(f"--batch-size {self.batch_size} is not positive")
         if self.max_drop is not None and self.eval is None:
             raise RecipeError("--max-drop needs --eval", fix="give --eval module:callable")
-        if self.compensate not in ("none",):
+        if self.compensate not in ("cwac", "bias", "none"):
             raise RecipeError(
                 f"--compensate {self.compensate} is not in this version",
-                fix="use --compensate none",
+                fix="use cwac, bias or none",
             )
         if self.round not in ("rtn", "mse"):
             raise RecipeError(

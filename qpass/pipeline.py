@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from qpass.calibrate import (
     Samples,
     TapRequest,
     TensorStats,
+    batches,
     collect,
     input_specs,
     load_stats,
@@ -28,6 +29,7 @@ from qpass.errors import RecipeError
 from qpass.graph import Graph
 from qpass.modelfile import load_model
 from qpass.options import Options
+from qpass.passes.compensate import Compensation, compensate
 from qpass.passes.normalize import normalize
 from qpass.plan import Plan, read_plan
 from qpass.planner import plan as make_plan
@@ -39,6 +41,7 @@ from qpass.targets import Target, load_target
 from qpass.trial import TRIAL_SAMPLES, try_methods
 from qpass.version import __version__
 
+COMPENSATION_SAMPLES: Final = 64  # two unknowns a channel: more samples change little
 VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
 LAYER_SAMPLES: Final = 4
 
@@ -67,7 +70,11 @@ class Run:
     stats: dict[str, TensorStats] = field(default_factory=dict)
     method: str = ""  # range method that won the trial
     qtable: QTable | None = None
+    plain: Graph | None = None  # quantized, not compensated
     quantized: Graph | None = None
+    batches: list[Mapping[str, Any]] = field(default_factory=list)  # to compensate with
+    compensation: Compensation | None = None
+    progress: Progress | None = None
     engines: list[EngineReport] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # engine -> its own message
     layers: list[LayerReport] = field(default_factory=list)
@@ -208,22 +215,48 @@ def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, 
 
 
 def quantize(run: Run) -> None:
-    """Choose the numbers and build the integer graph."""
-    assert run.graph is not None
-    assert run.plan is not None
+    """Choose the numbers, build the integer graph and compensate it."""
     with run.stages.stage("quantize"):
-        run.qtable, run.quantized, reports = _build(run, run.method or run.options.calibrate)
-        names = {report.name for report in reports}
-        run.passes = [*(p for p in run.passes if p.name not in names), *reports]
+        table, run.plain, reports = _build(run, run.method or run.options.calibrate)
+    method = run.options.compensate
+    if method in ("cwac", "bias") and run.batches:
+        with run.stages.stage("compensate"):
+            run.qtable, run.quantized, reports = _build(
+                run, run.method or run.options.calibrate, lambda graph: _compensate(run, graph)
+            )
+    else:
+        run.qtable, run.quantized = table, run.plain
+    names = {report.name for report in reports}
+    run.passes = [*(p for p in run.passes if p.name not in names), *reports]
 
 
-def _build(run: Run, method: str) -> tuple[QTable, Graph, tuple[PassReport, ...]]:
+def _compensate(run: Run, graph: Graph) -> PassReport:
+    assert run.graph is not None
+    method = run.options.compensate
+    result = compensate(
+        run.graph,
+        graph,
+        run.batches,
+        method="bias" if method == "bias" else "cwac",
+        memory_bytes=run.options.memory_bytes // 2,
+        threads=run.options.jobs,
+        progress=run.progress,
+    )
+    run.compensation = result
+    return result.report
+
+
+def _build(
+    run: Run, method: str, compensation: Callable[[Graph], PassReport] | None = None
+) -> tuple[QTable, Graph, tuple[PassReport, ...]]:
     assert run.graph is not None
     assert run.plan is not None
     table = choose_qtable(
         run.graph, run.plan, run.stats, method=method, round_method=run.options.round
     )
-    graph, reports = build_quantized(run.graph, run.plan, table, run.target, run.policy)
+    graph, reports = build_quantized(
+        run.graph, run.plan, table, run.target, run.policy, compensation=compensation
+    )
     return table, graph, reports
 
 
@@ -241,6 +274,15 @@ def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
         )
     run.method = trial.method
     run.notes.append(trial.sentence())
+
+
+def take_batches(run: Run, samples: Samples) -> None:
+    """Keep a few batches of calibration samples for compensation."""
+    assert run.graph is not None
+    if run.options.compensate in ("cwac", "bias"):
+        inputs = input_specs(run.graph.to_model(stub_above=1024))
+        some = islice(iter(samples), COMPENSATION_SAMPLES)
+        run.batches = [feeds for _, feeds in batches(some, run.options.batch_size, inputs)]
 
 
 def metadata_of(run: Run) -> dict[str, str]:

@@ -17,15 +17,24 @@ from qpass.targets.schema import Target
 
 
 def build_quantized(
-    reference: Graph, plan: Plan, qtable: QTable, target: Target, policy: Policy
+    reference: Graph,
+    plan: Plan,
+    qtable: QTable,
+    target: Target,
+    policy: Policy,
+    *,
+    compensation: Callable[[Graph], PassReport] | None = None,
 ) -> tuple[Graph, tuple[PassReport, ...]]:
     """Build the integer graph; `reference` is not changed and shares its large constants.
 
-    The passes and their order are all here.
+    The passes and their order are all here. `compensation` works on the graph while its biases are
+    still float.
     """
     graph = reference.copy()
     rank = target.matmul_bias_rank
     steps: list[Callable[[], PassReport]] = [lambda: insert_qdq(graph, plan, qtable.qparams)]
+    if compensation is not None:
+        steps.append(lambda: compensation(graph))
     if policy.activations == "dynamic":
         steps.append(lambda: make_dynamic(graph))
     if target.bias == "int32":

@@ -25,7 +25,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", where=str(path)) from error
     keys = {key.replace("-", "_"): value for key, value in data.items()}
-    strict = validated(Options, config=ConfigDict(extra="forbid", strict=False))
+    strict = validated(Options, frozen=True, config=ConfigDict(extra="forbid"))
     try:
         options = TypeAdapter(strict).validate_python(keys)
     except ValidationError as error:

@@ -17,7 +17,7 @@ from qpass.recipe import read_recipe
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("17", 17), ("2GiB", 2 << 30), ("1.5 KiB", 1536), ("3mb", 3_000_000), ("2k", 2000),
+    [("17", 17), ("2GiB", 2 << 30), ("1.5 KiB", 1536), ("3mb", 3_000_000), ("2kB", 2000),
      ("1TiB", 1 << 40), (" 5 B ", 5)],
 )  # fmt: skip
 def test_bytes(text: str, number: int) -> None:

@@ -80,11 +80,12 @@ TARGET: Final = Target(
     engine="openvino",
     opset=21,
     rules=RULES,
-    bias="float",
+    bias="int32",
     activation=U8,
     sources=(LPT,),
     notes=(
         "Attention operands are S8 with zero point 0 (the Softmax output U8, its low end is 0).",
-        "A float bias is as good as an int32 one: the plugin adds it after the product.",
+        "An int32 bias is as fast here as a float one (resnet18 0.303 against 0.307 of float), and "
+        "lets onnxruntime run the same file in integers.",
     ),
 )

@@ -7,6 +7,8 @@ Measured on 2026.4.1 with ``PERF_COUNT=YES``:
   that a node is found by its name only where the time is.
 - A fused linear op is listed under the name of the *last* node that it swallowed: a FullyConnected
   with bias is called like the Add, its ONNX MatMul does not appear. `EngineOp.covers` knows both.
+- Made-up names (``Multiply_4711``) are numbered anew in each compilation, so that those of a census
+  say nothing here. The ONNX nodes that such an op covers are therefore entered with its time.
 - Times are whole microseconds and hold the kernel alone. What the plugin spends between kernels
   (shape inference of dynamic shapes, preparing kernels) is not in them: a sum of times may say
   faster where the clock on the wall says slower.
@@ -21,6 +23,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from qpass.verify.engine_op import EngineOp
 from qpass.verify.engines import EngineError, compile_openvino, openvino_config
 
 Array = NDArray[Any]
@@ -37,8 +40,9 @@ def profile_openvino(
 ) -> dict[str, float]:
     """Return the kernel time of every node that OpenVINO's CPU plugin runs.
 
-    The names are those of `EngineOp.name` in the census of the same file when it is taken with the
-    same properties. The census is taken without ``Subgraph`` ops (``SNIPPETS_MODE=DISABLE``), so
+    The names are those of the ops and of the ONNX nodes that they cover, so that `time_of` finds
+    each op of the census of the same file. Times of one op stand under several names: do not sum
+    them up. The census is taken without ``Subgraph`` ops (``SNIPPETS_MODE=DISABLE``), so
     the profile is, too: otherwise attention would be one op here and several ops there.
 
     Args:
@@ -76,7 +80,22 @@ def profile_openvino(
             continue
         for name, spent in _microseconds(request.profiling_info).items():
             times.setdefault(name, []).append(spent)
-    return {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        taken = medians.get(node.get_friendly_name())
+        if taken is not None:
+            for name in node.get_rt_info()["originalLayersNames"].astype(str).split(","):
+                medians.setdefault(name, taken)
+    return medians
+
+
+def time_of(op: EngineOp, profile: Mapping[str, float]) -> float | None:
+    """Return the microseconds of an op of the census, or None where the profile has none.
+
+    By its name, and by the ONNX nodes that it covers where the plugin made up a name.
+    """
+    known = [profile[name] for name in (op.name, *op.covers) if name in profile]
+    return max(known, default=None)
 
 
 def _microseconds(rows: Any) -> dict[str, float]:

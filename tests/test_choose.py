@@ -1,0 +1,157 @@
+"""Numbers of a plan: ranges, weights, ties, pins, room for biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qpass.calibrate import TensorStats, collect
+from qpass.choose import (
+    BIAS_LIMIT,
+    QTable,
+    choose_qtable,
+    importance,
+    solve_weight_range,
+    weight_range,
+)
+from qpass.dtypes import storage_for
+from qpass.errors import InternalError
+from qpass.graph import Graph
+from qpass.pipeline import taps_of
+from qpass.plan import Plan
+from qpass.planner import plan as make_plan
+from qpass.program import Policy, Precision
+from qpass.qparams import TensorSpec, choose_qparams, dequantize, quantize
+from qpass.targets import TARGETS
+
+RANDOM = np.random.default_rng(4)
+W8A8 = Policy(precision=Precision(weight=8, activation=8))
+S8_ROWS = TensorSpec(
+    storage=storage_for(8, signed=True), symmetric=True, bits=8, granularity="per_channel", axis=0,
+    narrow_range=True,
+)  # fmt: skip
+
+
+def linear(bias: float = 1.0, small: float = 1.0) -> Graph:
+    """X -> Conv (two readers of x) -> Gemm head; channel 0 of the first weight is `small`."""
+    w = RANDOM.standard_normal((16, 16, 1, 1)).astype(np.float32)
+    w[0] *= small
+    b = np.zeros(16, np.float32)
+    b[0] = bias
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[1,16,4,4] x) => (float[1,16,4,4] y, float[1,16,4,4] z) {
+      [one] y = Conv(x, w, b)
+      [two] z = Conv(x, v)
+    }"""
+    graph = Graph.from_text(text, w=w, b=b, v=np.full((16, 16, 1, 1), 2, np.float32))
+    graph.infer_shapes()
+    return graph
+
+
+def numbers(graph: Graph, policy: Policy = W8A8, method: str = "minmax") -> tuple[Plan, QTable]:
+    plan = make_plan(graph, TARGETS["ort-x86"], policy)
+    x = RANDOM.uniform(-2, 6, (4, 1, 16, 4, 4)).astype(np.float32)
+    x[0, 0, 0, 0, 0], x[1, 0, 0, 0, 0] = -2.0, 6.0
+    found = collect(graph.to_model(), taps_of(graph, plan), [{"x": row} for row in x])
+    return plan, choose_qtable(graph, plan, found.stats, method=method)
+
+
+def test_minmax_is_the_range_of_the_samples() -> None:
+    _, table = numbers(linear())
+    assert (table.ranges["x"].low, table.ranges["x"].high) == (-2.0, 6.0)
+    assert float(table.qparams["x"].scale) == np.float32(8 / 255)
+
+
+def test_pinned_range_needs_no_statistics() -> None:
+    graph = linear()
+    policy = replace(W8A8, ranges=dict.fromkeys(("x", "y", "z"), (-1.0, 1.0)))
+    plan = make_plan(graph, TARGETS["ort-x86"], policy)
+    table = choose_qtable(graph, plan, {})
+    assert {table.ranges[d.key].method for d in plan.activations()} == {"user"}
+    assert float(table.qparams["x"].scale) == np.float32(2 / 255)
+
+
+def test_missing_statistics_are_a_bug_of_ours() -> None:
+    graph = linear()
+    with pytest.raises(InternalError, match="no statistics"):
+        choose_qtable(graph, make_plan(graph, TARGETS["ort-x86"], W8A8), {})
+
+
+def test_tied_tensors_share_their_numbers() -> None:
+    graph = linear()
+    plan = make_plan(graph, TARGETS["ort-x86"], W8A8)
+    tied = replace(plan, decisions=tuple(
+        replace(d, group="g") if d.kind == "activation" else d for d in plan.decisions
+    ))  # fmt: skip
+    stats: dict[str, TensorStats] = {}
+    samples = [{"x": RANDOM.standard_normal((1, 16, 4, 4)).astype(np.float32)}]
+    stats.update(collect(graph.to_model(), taps_of(graph, plan), samples).stats)
+    table = choose_qtable(graph, tied, stats, method="minmax")
+    found = [table.qparams[d.key] for d in tied.activations()]
+    assert len({(float(q.scale), int(q.zero_point)) for q in found}) == 1
+    low = min(table.ranges[d.key].low for d in tied.activations())
+    high = max(table.ranges[d.key].high for d in tied.activations())
+    assert float(found[0].scale) == np.float32((high - low) / 255)
+
+
+def test_importance_adds_the_power_of_all_readers() -> None:
+    graph = linear()
+    plan = make_plan(graph, TARGETS["ort-x86"], W8A8)
+    decision = next(d for d in plan.activations() if d.tensor == "x")
+    found = importance(graph, decision)
+    weight = np.squeeze(graph.node("one").inputs[1].values).astype(np.float64)
+    np.testing.assert_allclose(found, np.square(weight).sum(axis=0) + 16 * 4.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_importance_of_gemm(transposed: int) -> None:
+    w = RANDOM.standard_normal((16, 24)).astype(np.float32)
+    text = f"""<ir_version: 10, opset_import: ["": 21]>
+    g (float[1,16] x) => (float[1,24] y) {{ [fc] y = Gemm<transB = {transposed}>(x, w) }}"""
+    graph = Graph.from_text(text, w=w.T.copy() if transposed else w)
+    graph.infer_shapes()
+    plan = make_plan(graph, TARGETS["ort-x86"], W8A8)
+    found = importance(graph, next(plan.activations()))
+    np.testing.assert_allclose(found, np.square(w.astype(np.float64)).sum(axis=1), rtol=1e-12)
+
+
+def test_weight_scale_leaves_room_for_the_bias() -> None:
+    """Without it b / (x_scale * w_scale) is 1e3 / (8/255 * 1e-9/127) = 4e15, far beyond int32."""
+    graph = linear(bias=1e3, small=1e-9)
+    plan, table = numbers(graph)
+    key = next(d.key for d in plan.weights() if d.edges and d.edges[0].node == "one")
+    stored = 1e3 / (float(table.qparams["x"].scale) * table.qparams[key].scale.astype(np.float64))
+    assert stored[0] <= BIAS_LIMIT
+    assert stored[0] > 0.999 * BIAS_LIMIT
+    _, plain = numbers(linear())
+    assert (table.qparams[key].scale[1:] == 1).sum() == 0
+    assert plain.qparams[key].scale[0] < table.qparams[key].scale[0]
+
+
+def test_weight_range_per_channel_and_per_block() -> None:
+    values = np.arange(-6, 6, dtype=np.float32).reshape(4, 3)
+    low, high = weight_range(values, S8_ROWS)
+    np.testing.assert_array_equal(low, values.min(axis=1))
+    np.testing.assert_array_equal(high, values.max(axis=1))
+    low, high = weight_range(
+        values, replace(S8_ROWS, granularity="per_block", block_size=2, narrow_range=False)
+    )
+    np.testing.assert_array_equal(low, [values[:2].min(axis=0), values[2:].min(axis=0)])
+    np.testing.assert_array_equal(high, [values[:2].max(axis=0), values[2:].max(axis=0)])
+
+
+def test_searched_weight_range_is_never_worse_and_clips_outliers() -> None:
+    spec = replace(S8_ROWS, bits=4)
+    rows = RANDOM.standard_normal((8, 200)).astype(np.float32)
+    rows[0, 0] = 9.0
+
+    def errors(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        q = choose_qparams(spec, low, high)
+        return np.square(dequantize(quantize(rows, q), q) - rows).sum(axis=1)
+
+    plain, searched = weight_range(rows, spec), solve_weight_range(rows, spec)
+    assert (errors(*searched) <= errors(*plain) * (1 + 1e-6)).all()
+    assert errors(*searched)[0] < errors(*plain)[0]
+    assert searched[1][0] < 9.0

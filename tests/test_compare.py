@@ -1,0 +1,55 @@
+"""Layers of two models side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from qpass.compare import common_layers, compare_layers
+from tests.jobs import changed, model_of, normal, optimize, saved, small_model
+
+
+def scale_of(model: onnx.ModelProto, name: str, factor: float) -> None:
+    proto = next(p for p in model.graph.initializer if p.name == name)
+    proto.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(proto) * factor, name))
+
+
+def test_the_layer_that_differs_is_found() -> None:
+    a = small_model()
+    b = changed(a, lambda m: scale_of(m, "w1", np.float32(1.125)))
+    rows = compare_layers(a, b, [{"x": normal()["x"][:2]}])
+    assert [(row.name, row.op) for row in rows] == [
+        ("c0", "Conv"),
+        ("c1", "Conv"),
+        ("head", "Gemm"),
+    ]
+    first, second, _ = rows
+    assert (first.max_abs, first.max_lsb) == (0.0, None)
+    assert second.sqnr_db == pytest.approx(-20 * np.log10(0.125), abs=1e-3)
+    assert second.cosine == pytest.approx(1.0, abs=1e-9)
+
+
+def test_error_in_steps_of_the_reader(tmp_path: Path) -> None:
+    path = saved(small_model(), tmp_path)
+    quantized = onnx.load(optimize(path, normal(), repair=False).output)
+    rows = compare_layers(small_model(), quantized, [{"x": normal()["x"][:2]}])
+    lsb = {row.name: row.max_lsb for row in rows}
+    assert lsb["head"] is None  # float: nothing quantizes the output
+    assert [name for name, value in lsb.items() if value is not None]
+    for row in rows:
+        if row.max_lsb is not None:
+            assert row.max_lsb > 0.0
+
+
+def test_layers_pair_by_name_and_op() -> None:
+    a = small_model()
+    b = changed(a, lambda m: setattr(m.graph.node[2], "name", "other"))
+    assert [name for name, _, _ in common_layers(a, b)] == ["c0", "head"]
+    unlike = model_of(
+        """<ir_version: 10, opset_import: ["": 21]>
+        g (float[N,4] x) => (float[N,4] y) { [c0] y = Relu(x) }"""
+    )
+    assert compare_layers(a, unlike, []) == []

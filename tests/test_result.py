@@ -1,0 +1,110 @@
+"""Gates: each can pass and fail, and a failed one renames the file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qpass.api import make_options
+from qpass.errors import InternalError, RecipeError
+from qpass.pipeline import Run, start
+from qpass.report.model import EngineReport, FloatOp, Metric
+from qpass.result import build_report, gates_of, load_callable, versions
+from tests.jobs import normal, optimize, saved, small_model
+
+GOOD = EngineReport(
+    name="ort", version="1", integer_ops=3, speedup=2.0, sqnr_db=30.0, cosine=1.0,
+    optimizer_diff_db=45.0,
+)  # fmt: skip
+LEFT = FloatOp(node="a", op="Conv", rule="r", reason="why", planned=True)
+
+
+def run_of(*engines: EngineReport, **options: Any) -> Run:
+    run = start(Path("m.onnx"), make_options(**options))
+    run.engines = list(engines)
+    return run
+
+
+def failed(run: Run, metric: Metric | None = None) -> list[str]:
+    return [gate.name for gate in gates_of(run, metric) if not gate.passed]
+
+
+def test_a_good_result_passes() -> None:
+    run = run_of(GOOD, min_sqnr=30.0, min_speedup=2.0, max_drop=1.0, eval="a:b")
+    assert failed(run, Metric(name="m", float=3.0, quantized=2.0, drop=1.0)) == []
+    assert len(gates_of(run, None)) == 5  # without a metric there is nothing to judge
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "name"),
+    [
+        ({}, {"min_sqnr": 30.1}, "min-sqnr"),
+        ({"sqnr_db": None}, {"min_sqnr": 1.0}, "min-sqnr"),
+        ({}, {"min_speedup": 2.1}, "min-speedup"),
+        ({"speedup": None}, {"min_speedup": 0.1}, "min-speedup"),
+        ({"sqnr_db": -math.inf, "optimizer_diff_db": None}, {}, "ort: finite"),
+        ({"float_ops": (LEFT,)}, {}, "ort: planned ops in integers"),
+        # A fusion that miscomputes is as far from the unoptimized graph as from the float model.
+        ({"sqnr_db": -1.7, "optimizer_diff_db": -1.9}, {},
+         "ort: optimizations on and off agree (dB)"),
+        ({"sqnr_db": 12.0, "optimizer_diff_db": 12.1}, {},
+         "ort: optimizations on and off agree (dB)"),
+    ],
+)  # fmt: skip
+def test_one_gate_fails(engine: dict[str, Any], options: dict[str, Any], name: str) -> None:
+    assert failed(run_of(replace(GOOD, **engine), **options)) == [name]
+
+
+@pytest.mark.parametrize(("sqnr", "diff"), [(33.0, 44.0), (26.3, 25.7), (5.0, 9.0), (60.0, 30.0)])
+def test_rounding_of_optimized_graphs_passes(sqnr: float, diff: float) -> None:
+    assert failed(run_of(replace(GOOD, sqnr_db=sqnr, optimizer_diff_db=diff))) == []
+
+
+def test_largest_drop() -> None:
+    run = run_of(GOOD, max_drop=1.0, eval="a:b")
+    assert failed(run, Metric(name="m", float=3.0, quantized=1.5, drop=1.5)) == ["max-drop"]
+
+
+@pytest.mark.parametrize("options", [{"target": "qnn-htp"}, {"precision": "w8a16"}])
+def test_float_kernels_are_no_failure_where_nobody_promised_integers(options: Any) -> None:
+    assert failed(run_of(replace(GOOD, float_ops=(LEFT,)), **options)) == []
+
+
+def test_engine_that_refuses_the_file() -> None:
+    run = run_of()
+    run.failures = {"ort": "ort failed to load"}
+    assert failed(run) == ["ort: loads and runs"]
+    run = run_of(GOOD)
+    run.failures = {"openvino": "of another engine"}  # the file is not for it
+    assert failed(run) == []
+
+
+def test_rejected_in_the_name_and_the_report(tmp_path: Path) -> None:
+    path = saved(small_model(), tmp_path)
+    report = optimize(path, normal(), min_sqnr=500.0, output=tmp_path / "q.v1.onnx", repair=False)
+    assert not report.ok
+    assert report.output == str(tmp_path / "q.v1.rejected.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "q.v1.rejected.onnx"}
+    assert [gate.name for gate in report.gates if not gate.passed] == ["min-sqnr"]
+
+
+def test_a_report_needs_a_finished_run() -> None:
+    with pytest.raises(InternalError):
+        build_report(run_of(GOOD), Path("q.onnx"), None, ())
+
+
+@pytest.mark.parametrize(
+    "text", ["math", "math:", ":sqrt", "nomodule:fn", "math:nothing", "math:pi"]
+)
+def test_callables_refused(text: str) -> None:
+    with pytest.raises(RecipeError):
+        load_callable(text, "--eval")
+
+
+def test_callable() -> None:
+    assert load_callable("math:sqrt", "--eval")(9.0) == 3.0
+    assert {"qpass", "onnx", "onnxruntime", "numpy"} <= versions().keys()
