@@ -29,7 +29,7 @@ class LayerDifference:
     sqnr_db: float
     cosine: float
     max_abs: float
-    max_lsb: float | None  # in steps of the Q that reads it in B; None where there is none
+    max_lsb: float | None  # in steps of the Q behind it in B; None where there is none
 
 
 def common_layers(a: onnx.ModelProto, b: onnx.ModelProto) -> list[tuple[str, str, str]]:
@@ -100,7 +100,7 @@ def _tapped(model: onnx.ModelProto, taps: list[str]) -> tuple[Any, list[str]]:
 
 
 def _steps(model: onnx.ModelProto) -> dict[str, float]:
-    """Return the scale of the per-tensor QuantizeLinear that reads each tensor."""
+    """Return the scale of the per-tensor Q that reads each tensor, maybe through Relu or Clip."""
     constants = {proto.name: proto for proto in model.graph.initializer}
     steps: dict[str, float] = {}
     for node in model.graph.node:
@@ -108,4 +108,7 @@ def _steps(model: onnx.ModelProto) -> dict[str, float]:
             scale = numpy_helper.to_array(constants[node.input[1]])
             if scale.size == 1:
                 steps.setdefault(node.input[0], float(np.ravel(scale)[0]))
+    for node in reversed(model.graph.node):
+        if node.op_type in ("Relu", "Clip") and node.output[0] in steps:
+            steps.setdefault(node.input[0], steps[node.output[0]])
     return steps

@@ -43,7 +43,7 @@ from qpass.version import __version__
 
 COMPENSATION_SAMPLES: Final = 64  # two unknowns a channel: more samples change little
 VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
-LAYER_SAMPLES: Final = 4
+LAYER_SAMPLES: Final = 2
 
 
 def sha256_of(path: Path) -> str:

@@ -154,9 +154,9 @@ class _Planner:
                 left = rule.lhs_nonnegative
             self._request(node, 0, left or rule.activation)
             self._request(node, 1, rule.rhs or rule.activation)
-        if rule.output == "required":
+        if rule.output != "float":
             out = self._fused_output(node, rule)
-            self.resident[out.name] = f"{because}: fuses only with a Q behind it"
+            self.resident[out.name] = f"{because}: output {rule.output}"
             self.axes[out.name] = channel_axis(node)
 
     def _take_weight(self, node: Node, weight: Constant, rule: OpRule) -> None:
@@ -253,6 +253,8 @@ class _Planner:
         candidates: dict[int, list[Tensor]] = {}
         for node in self.graph.nodes:
             rule = self.rules.get(id(node))
+            if rule is not None and (rule.role, rule.output) == ("linear", "follow"):
+                candidates[id(node)] = [self.absorbed.get(id(node), node).outputs[0]]
             if rule is None or rule.role == "linear" or rule.skip_input_only:
                 continue
             if id(node) in self.precision:  # absorbed by the op before it
@@ -271,14 +273,18 @@ class _Planner:
             rule = self.rules[id(node)]
             needed = self.full or rule.shrinks
             if needed or any(t.name in wanted for t in candidates[id(node)]):
-                kept.add(id(node))
-                wanted |= {t.name for _, t in data_inputs(node, rule)}
+                if rule.role != "linear":
+                    kept.add(id(node))
+                    wanted |= {t.name for _, t in data_inputs(node, rule)}
                 continue
-            self.reasons[id(node)] = "nothing behind it runs in integers"
+            if rule.role == "linear":  # integers with a float output
+                self.resident.pop(candidates[id(node)][0].name, None)
+            else:
+                self.reasons[id(node)] = "nothing behind it runs in integers"
             follower = self.absorbed.pop(id(node), None)
             if follower is not None:
                 del self.precision[id(follower)]
-                self.reasons[id(follower)] = self.reasons[id(node)]
+                self.reasons[id(follower)] = "nothing behind it runs in integers"
         return kept
 
     def _take_follower(self, node: Node, rule: OpRule) -> None:

@@ -22,6 +22,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from qpass.calibrate.buffers import OutputBuffers
 from qpass.calibrate.cache import Checkpoint
 from qpass.calibrate.inputs import Feeds
 from qpass.calibrate.samples import Samples, batches, shard
@@ -166,26 +167,30 @@ class _Engine:
     def __init__(self, session: ort.InferenceSession, source: str) -> None:
         self.session, self.source = session, source
         self.outputs = {value.name for value in session.get_outputs()}
+        self.buffers = OutputBuffers(session)
         self.seconds = 0.0
         self.joins = True  # False once the model refused a batch, though its axis 0 is free
 
-    def run(self, taps: Sequence[TapRequest], feeds: Feeds) -> dict[str, Array]:
-        """Return the tapped tensors."""
+    def run(
+        self, taps: Sequence[TapRequest], feeds: Feeds, *, keep: bool = False
+    ) -> dict[str, Array]:
+        """Return the tapped tensors; unless they are to `keep`, later runs overwrite them."""
         # A tensor that is an input as well is observed as it was fed.
         names = [tap.tensor for tap in taps if tap.tensor not in feeds]
         begin = time.perf_counter()
-        values = self.session.run(names, feeds) if names else []
+        run = self.session.run if keep else self.buffers.run
+        values = run(names, feeds) if names else []
         self.seconds += time.perf_counter() - begin
         found = {**feeds, **dict(zip(names, values, strict=True))}
         return {tap.tensor: found[tap.tensor] for tap in taps}
 
     def run_batch(
-        self, taps: Sequence[TapRequest], count: int, feeds: Feeds
+        self, taps: Sequence[TapRequest], count: int, feeds: Feeds, *, keep: bool = False
     ) -> list[tuple[int, dict[str, Array]]]:
         """Return (samples, tapped tensors) of the batch, or of each sample of it if need be."""
         if count == 1 or self.joins:
             try:
-                return [(count, self.run(taps, feeds))]
+                return [(count, self.run(taps, feeds, keep=keep))]
             except Exception as error:  # onnxruntime's errors share no other base
                 if count == 1:
                     raise SampleError(
@@ -193,7 +198,7 @@ class _Engine:
                     ) from error
                 self.joins = False
         rows = ({k: v[i : i + 1] if v.ndim else v for k, v in feeds.items()} for i in range(count))
-        return [(1, self.run_batch(taps, 1, row)[0][1]) for row in rows]
+        return [(1, self.run_batch(taps, 1, row, keep=True)[0][1]) for row in rows]
 
 
 class _Observers:

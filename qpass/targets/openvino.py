@@ -19,9 +19,11 @@ RULES: Final = (
         role="linear",
         activation=U8,
         weight=S8_WEIGHT,
-        output="required",
+        output="follow",
         absorbs=("Relu", "Clip"),
-        source=f"{LPT} (ConvolutionTransformation); {MEASURED}: symmetric int8 weights only",
+        source=f"{LPT} (ConvolutionTransformation); {MEASURED}: symmetric int8 weights only, "
+        "no Q needed behind it. A Q that only float ops read is miscomputed with a dynamic batch "
+        "and a Concat with an expanded token: all channels get the bias of channel 0",
     ),
     OpRule(
         ops=frozenset({"MatMul"}),

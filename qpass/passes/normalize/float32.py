@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from qpass.graph import Constant, Graph, Tensor, array_of
+from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.passes.normalize.folding import FoldResult, element_type
 
 HALF_TYPES: Final = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -42,7 +42,7 @@ def to_float32(graph: Graph) -> FoldResult:
             tensor.dtype = FLOAT32
     for node in graph.nodes:
         for key in ("to", "dtype"):
-            if node.attrs.get(key) in HALF_TYPES:
+            if node.attrs.get(key) in HALF_TYPES and id(node.outputs[0]) not in boundary:
                 node.attrs[key] = int(TensorProto.FLOAT)
         value = node.attrs.get("value")
         if isinstance(value, Constant) and _is_half(value):
@@ -56,9 +56,13 @@ def _is_half(tensor: Tensor) -> bool:
     return element_type(tensor) in HALF_TYPES
 
 
+def _casts_to(node: Node, data_type: int | None) -> bool:
+    return bool(node.op == "Cast" and node.attrs["to"] == data_type)
+
+
 def _widen_input(graph: Graph, tensor: Tensor) -> int:
     """Put a Cast behind a graph input; return how many Casts that took."""
-    readers = graph.consumers(tensor)
+    readers = [(n, i) for n, i in graph.consumers(tensor) if not _casts_to(n, TensorProto.FLOAT)]
     if not readers:
         return 0
     wide = graph.variable(f"{tensor.name}_float32", FLOAT32, tensor.shape)
@@ -73,7 +77,7 @@ def _widen_input(graph: Graph, tensor: Tensor) -> int:
 def _narrow_output(graph: Graph, tensor: Tensor) -> int:
     """Put a Cast in front of a graph output; return how many Casts that took."""
     maker, half_type = graph.producer(tensor), element_type(tensor)
-    if maker is None:
+    if maker is None or _casts_to(maker, half_type):
         return 0
     readers = graph.consumers(tensor)
     wide = graph.variable(f"{tensor.name}_float32", FLOAT32, tensor.shape)
