@@ -15,7 +15,7 @@ from qpass.calibrate import TapRequest, collect, input_specs, open_samples, save
 from qpass.calibrate import shard as take_shard
 from qpass.compare import LayerDifference, compare_layers
 from qpass.errors import ModelError, RecipeError
-from qpass.files import check_folder
+from qpass.files import check_folder, write_text
 from qpass.graph import Graph
 from qpass.modelfile import load_model, model_bytes, save_model
 from qpass.options import Options
@@ -39,6 +39,7 @@ from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy, Progress
 from qpass.recipe import read_recipe
+from qpass.report.html import plotly_js, write_html
 from qpass.report.model import EngineReport, LayerReport, Report
 from qpass.result import build_report, evaluate_metric, gates_of, load_callable
 from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
@@ -114,6 +115,8 @@ def optimize(
         raise RecipeError("the result would overwrite the model", fix="choose another -o")
     if settings.eval is not None:
         load_callable(settings.eval, "--eval")  # known now, not after the work
+    if settings.report is not None:
+        plotly_js()
     run = start(source, settings)
     engines_for(run)
     prepare(run)
@@ -150,7 +153,13 @@ def optimize(
         final = final.with_name(f"{final.stem}.rejected{final.suffix}")
     with run.stages.stage("write"):
         save_model(run.quantized, final, metadata=metadata_of(run))
-    return build_report(run, final, metric, gates)
+    report = build_report(run, final, metric, gates)
+    if settings.report is not None:
+        reports = Path(settings.report)
+        reports.mkdir(parents=True, exist_ok=True)
+        write_text(reports / "report.json", report.to_json())
+        write_html(report, reports / "report.html")
+    return report
 
 
 def _fits(run: Run, source: Path, *, note: bool = False) -> bool:

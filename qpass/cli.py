@@ -30,7 +30,6 @@ from qpass.errors import QpassError, RecipeError, UserError
 from qpass.files import check_folder, write_text
 from qpass.inspect import inspect_model
 from qpass.lint import lint as lint_model
-from qpass.report.html import plotly_js, write_html
 from qpass.report.terminal import print_summary, print_table
 from qpass.rows import (
     ENGINE_COLUMNS,
@@ -170,14 +169,8 @@ def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
         if options["report"]:
             if Path(options["report"]).is_file():
                 raise RecipeError(f"--report {options['report']} is a file", fix="name a folder")
-            plotly_js()  # a missing package shows before the work, not after it
         with progress_bar(quiet=as_json) as progress:
             report = api.optimize(model, progress=progress, **options)
-        folder = report.options.get("report")
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            write_text(Path(folder, "report.json"), report.to_json())
-            write_html(report, Path(folder, "report.html"))
         if as_json:
             click.echo(report.to_json(), nl=False)
         else:

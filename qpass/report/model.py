@@ -78,6 +78,7 @@ class EngineReport:
     sqnr_db: float | None = None
     cosine: float | None = None
     optimizer_diff_db: float | None = None  # SQNR of optimizations on against off
+    optimizer_loss_db: float | None = None  # SQNR against float that optimizations cost
     outputs: tuple[tuple[str, float], ...] = ()  # (output name, SQNR in dB) of each output
 
 

@@ -85,7 +85,7 @@ def check_engine(
     for feeds, wanted in zip(reference.feeds, reference.outputs, strict=True):
         for meter, expected, got in zip(meters, wanted, runner.run(dict(feeds)), strict=True):
             meter.update(expected, got)
-    optimizer_diff = _optimizer_diff(engine, quantized, runner, reference, session_config)
+    diff, loss = _optimizer_effect(engine, quantized, runner, reference, session_config)
     census = read_back(engine, quantized, workdir, session_config=session_config)
     model = onnx.load(quantized, load_external_data=False)
     found = trace(model, census)
@@ -107,7 +107,8 @@ def check_engine(
         speedup=speedup,
         sqnr_db=_worst(meter.sqnr_db for meter in meters) if reference.feeds else None,
         cosine=_worst(meter.cosine for meter in meters) if reference.feeds else None,
-        optimizer_diff_db=optimizer_diff,
+        optimizer_diff_db=diff,
+        optimizer_loss_db=loss,
         outputs=tuple(
             (name, meter.sqnr_db)
             for name, meter in zip(runner.output_names, meters, strict=True)
@@ -125,29 +126,39 @@ def _worst(values: Iterable[float]) -> float | None:
     return min(values, default=None)
 
 
-def _optimizer_diff(
+def _optimizer_effect(
     engine: EngineName,
     quantized: Path,
     runner: Any,
     reference: Reference,
     session_config: Mapping[str, str] | None,
-) -> float | None:
-    """SQNR of the engine against onnxruntime, op by op: a fusion that miscomputes shows here."""
+) -> tuple[float | None, float | None]:
+    """Compare the engine with onnxruntime without optimizations, on a few samples.
+
+    Returns:
+        (SQNR of the one against the other, SQNR against float that the engine loses), in dB. The
+        first is finite through rounding alone; the second shows a fusion that miscomputes.
+    """
     if not reference.feeds:
-        return None
+        return None, None
     config = session_config if engine == "ort" else None
     try:
         plain = open_engine("ort", quantized, optimize=False, session_config=config, threads=0)
     except EngineError:  # of a file that only the other engine takes
         if engine == "ort":
             raise
-        return None
-    meters = [ErrorMeter() for _ in runner.output_names]
-    for feeds in reference.feeds[:OPTIMIZER_SAMPLES]:
-        pairs = zip(meters, plain.run(dict(feeds)), runner.run(dict(feeds)), strict=True)
-        for meter, expected, got in pairs:
-            meter.update(expected, got)
-    return _worst(meter.sqnr_db for meter in meters)
+        return None, None
+    names = runner.output_names
+    apart, off, on = ([ErrorMeter() for _ in names] for _ in range(3))
+    few = list(zip(reference.feeds, reference.outputs, strict=True))[:OPTIMIZER_SAMPLES]
+    for feeds, wanted in few:
+        unoptimized, optimized = plain.run(dict(feeds)), runner.run(dict(feeds))
+        for i, expected in enumerate(wanted):
+            apart[i].update(unoptimized[i], optimized[i])
+            off[i].update(expected, unoptimized[i])
+            on[i].update(expected, optimized[i])
+    loss = max((a.sqnr_db - b.sqnr_db for a, b in zip(off, on, strict=True)), default=None)
+    return _worst(meter.sqnr_db for meter in apart), loss
 
 
 def _planned(plan: Plan | None, found: Mapping[str, Any]) -> int:
