@@ -4,8 +4,7 @@ Integer regions grow from the linear ops: where a target fuses only with a Q beh
 (convolutions on onnxruntime) the output becomes *resident*: every reader takes integers. Ops that
 merely follow (Add, Concat, pooling) join when all their inputs are resident and something behind
 them wants integers. Ops that produce float by themselves (MatMul on onnxruntime) get a Q only on
-the edges into the next linear op, so that the residual path of a transformer stays float. One model
-can hold both kinds of region; nothing is decided by the name of the architecture.
+the edges into the next linear op, so that the residual path of a transformer stays float.
 """
 
 from __future__ import annotations
