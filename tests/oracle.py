@@ -65,10 +65,11 @@ def openvino(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Array]:
 ENGINES: Final[tuple[Run, ...]] = (reference, ort_plain, ort, openvino)
 
 
-def relative_error(got: Feeds, wanted: Feeds) -> float:
+def relative_error(got: Feeds, wanted: Feeds, *, floor: float = 0.0) -> float:
     """Largest difference over all outputs, each relative to the largest value of its output.
 
-    Infinite where a shape or dtype differs, or where only one of the two is finite.
+    Or relative to `floor` where that is larger: an output that cancels to nothing has the rounding
+    of what it was made from. Infinite where a shape or dtype differs, or where only one of the two is finite.
     """
     worst = 0.0
     assert got.keys() == wanted.keys()
@@ -83,7 +84,7 @@ def relative_error(got: Feeds, wanted: Feeds) -> float:
         same = np.array_equal(value[~finite], other[~finite], equal_nan=True)
         if not same or not np.isfinite(other[finite]).all():
             return float("inf")
-        size = float(np.abs(value[finite]).max(initial=0.0)) or 1.0
+        size = max(floor, float(np.abs(value[finite]).max(initial=0.0))) or 1.0
         difference = np.abs(value[finite].astype(np.float64) - other[finite].astype(np.float64))
         worst = max(worst, float(difference.max(initial=0.0)) / size)
     return worst

@@ -104,6 +104,8 @@ def structure(graph: Graph) -> str:
     """Print ops, edges and constants, without node names and the types of what is computed."""
     model = graph.to_model()
     checker.check_model(model, full_check=True)
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        model.ClearField(field)
     del model.graph.value_info[:]
     constants = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
     for tensor, values in zip(model.graph.initializer, constants, strict=True):

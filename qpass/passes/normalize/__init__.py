@@ -85,6 +85,7 @@ def normalize(graph: Graph) -> PassReport:
     half = to_float32(graph)
     changed = half.changed
     for _ in range(MAX_ROUNDS):
+        graph.remove_unused()  # a reader that nobody needs would keep folds from its producer
         results = [fold(graph) for fold in FOLDS]
         round_changed = sum(result.changed for result in results)
         if not round_changed:
@@ -93,7 +94,6 @@ def normalize(graph: Graph) -> PassReport:
         graph.infer_shapes()
     else:
         raise InternalError(f"normalize does not come to an end in {MAX_ROUNDS} rounds")
-    graph.remove_unused()
     graph.sort()
     results += [half, explain_batch_norms(graph), _unknown_ranks(graph)]
     refusals = dict.fromkeys(refusal for result in results for refusal in result.refusals)

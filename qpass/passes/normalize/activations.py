@@ -12,7 +12,6 @@ from qpass.passes.normalize.folding import (
     other_input,
     rank_of,
     scalar_of,
-    sole_reader,
 )
 from qpass.passes.normalize.patterns import (
     is_close,
@@ -66,9 +65,8 @@ def _divided_source(graph: Graph, node: Node) -> Tensor | None:
     """Return x when `node` is (x * clip(x + 3, 0, 6)) / 6, or (x / 6) * clip(x + 3, 0, 6)."""
     for source, factor in scaled_sources(graph, node.outputs[0]):
         product = maker_of(graph, source, "Mul") if is_close(factor, 1 / 6) else None
-        if product is None or sole_reader(graph, source) is not node:
-            continue
-        for index in (0, 1):
+        for index in (0, 1) if product is not None else ():
+            assert product is not None
             x: Tensor = product.inputs[index]
             if _is_relu6_of_shift(graph, product.inputs[1 - index], x):
                 return x

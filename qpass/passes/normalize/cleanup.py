@@ -12,7 +12,6 @@ from qpass.passes.normalize.folding import (
     given_input,
     integers_of,
     rank_of,
-    static_shape,
 )
 
 # Exporters write "to the end" as INT_MAX or INT64_MAX; no axis is that long.
@@ -178,10 +177,10 @@ def _takes_everything(node: Node) -> bool:
     if any(starts) or any(step != 1 for step in steps or ()):
         return False
     axes = integers_of(node, "axes", 3) or list(range(len(starts)))
-    shape = static_shape(node.inputs[0])
+    sizes = [None if node.inputs[0].shape is None else node.inputs[0].shape[axis] for axis in axes]
     return all(
-        end >= TO_THE_END or (shape is not None and end >= shape[axis])
-        for axis, end in zip(axes, ends, strict=True)
+        end >= TO_THE_END or (isinstance(size, int) and end >= size)
+        for size, end in zip(sizes, ends, strict=True)
     )
 
 

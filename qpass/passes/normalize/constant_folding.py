@@ -23,7 +23,7 @@ from qpass.verify.engines import ORT_ERRORS, session_options
 NEVER: Final = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomUniform",
     "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout", "If", "Loop",
-    "Scan",
+    "Scan", "SequenceMap",
 })  # fmt: skip
 # A folded result may be larger than what it was made from by this many bytes.
 GROWTH_LIMIT: Final = 16 << 20
@@ -56,8 +56,8 @@ def _constant_values(node: Node) -> Array | None:
 def become_constant(graph: Graph, node: Node, slot: int, values: Array) -> bool:
     """Let everybody who reads output `slot` of `node` read `values`; False when nobody does.
 
-    The constant takes over the name, unless the tensor is a graph output. Small constants get one
-    copy for each reader. The node goes when nothing needs it any more.
+    The constant takes over the name, unless the tensor is a graph output. The node goes when
+    nothing needs it any more.
     """
     tensor = node.outputs[slot]
     readers, stays = graph.consumers(tensor), graph.is_output(tensor)
@@ -70,10 +70,8 @@ def become_constant(graph: Graph, node: Node, slot: int, values: Array) -> bool:
     if captured and not stays:  # bodies of control flow go by name
         for other in graph.nodes:
             other.captured = [constant if t is tensor else t for t in other.captured]
-    for number, (reader, index) in enumerate(readers):
-        again = (number > 0 or captured) and values.nbytes <= SHARED_LIMIT
-        own = graph.constant(constant.name, values) if again else constant
-        graph.set_input(reader, index, own)
+    for reader, index in readers:
+        graph.set_input(reader, index, constant)
     if not any(out.outputs or graph.is_output(out) for out in node.outputs):
         graph.remove(node)
     return True
@@ -111,7 +109,7 @@ def _foldable(graph: Graph, result: FoldResult) -> list[Node]:
         inputs = {id(tensor): tensor for tensor in node.inputs if tensor.name}
         if not all(isinstance(t, Constant) or id(t) in sizes for t in inputs.values()):
             continue
-        if node.op in NEVER or node.domain not in (None, "", "ai.onnx") or node.captured:
+        if node.op in NEVER or node.domain not in (None, "", "ai.onnx"):
             continue
         if any(graph.is_output(tensor) for tensor in node.outputs):
             continue
@@ -174,6 +172,7 @@ def _run(
     read = {tensor.name for node in nodes for tensor in node.inputs}
     values |= {name: value for name, value in known.items() if name in read}
     fed = {k: v for k, v in values.items() if v.nbytes > SHARED_LIMIT and v.dtype.kind in "biuf"}
+    opsets = list(graph.header.opset_import)
     types = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in fed.items()}
     model = helper.make_model(
         helper.make_graph(
@@ -183,8 +182,9 @@ def _run(
             [onnx.ValueInfoProto(name=name) for name in outputs],
             [numpy_helper.from_array(v, k) for k, v in values.items() if k not in fed],
         ),
-        opset_imports=list(graph.header.opset_import),
-        ir_version=graph.header.ir_version,
+        opset_imports=opsets,
+        # That of the model may be newer than what the engine knows.
+        ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
     )
     session = ort.InferenceSession(
         model.SerializeToString(),

@@ -61,7 +61,7 @@ def fold_affine_into_linear(graph: Graph) -> FoldResult:
         if node.op == "MatMul":
             _leave_one_add(graph, readers, affine.offset)
         else:
-            _fold_into_bias(graph, node, affine)
+            write_bias(graph, node, _folded_bias(node, affine))
             _drop_chain(graph, node, readers)
         result.changed += 1
     return result
@@ -192,8 +192,11 @@ def _obstacle(node: Node, affine: Affine) -> str:
         return f"{node.name} has alpha or beta"
     if not (np.isfinite(affine.gain).all() and np.isfinite(affine.offset).all()):
         return "gain or offset is not finite"
-    largest = np.abs(_scaled_weight(node, affine.gain)).max(initial=0.0)
-    return "" if largest <= np.finfo(weight.dtype).max else "the folded weight is not finite"
+    largest = max(
+        np.abs(_scaled_weight(node, affine.gain)).max(initial=0.0),
+        np.abs(_folded_bias(node, affine)).max(initial=0.0),
+    )
+    return "" if largest <= np.finfo(weight.dtype).max else "what it is folded to is not finite"
 
 
 def _scaled_weight(node: Node, gain: Array) -> Array:
@@ -216,11 +219,11 @@ def _scale_weight(graph: Graph, node: Node, gain: Array) -> None:
         write_constant(graph, node, 1, _scaled_weight(node, gain).astype(dtype))
 
 
-def _fold_into_bias(graph: Graph, node: Node, affine: Affine) -> None:
+def _folded_bias(node: Node, affine: Affine) -> Array:
     tensor = given_input(node, 2)
-    bias = np.zeros(1) if tensor is None else constant_of(tensor)
-    assert bias is not None  # `_obstacle` looked at it
-    write_bias(graph, node, affine.gain * bias.ravel() + affine.offset)
+    bias = np.zeros(1) if tensor is None else array_of(tensor).astype(np.float64)
+    folded: Array = affine.gain * bias.ravel() + affine.offset
+    return folded
 
 
 def _drop_chain(graph: Graph, node: Node, readers: list[Node]) -> None:
