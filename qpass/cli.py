@@ -166,9 +166,8 @@ def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
         options["engines"] = tuple(engine.split(",")) if engine else None
         options["keep"] = options["keep"] or None
         _refuse_later(options)
-        if options["report"]:
-            if Path(options["report"]).is_file():
-                raise RecipeError(f"--report {options['report']} is a file", fix="name a folder")
+        if options["report"] and Path(options["report"]).is_file():
+            raise RecipeError(f"--report {options['report']} is a file", fix="name a folder")
         with progress_bar(quiet=as_json) as progress:
             report = api.optimize(model, progress=progress, **options)
         if as_json:

@@ -69,7 +69,8 @@ def relative_error(got: Feeds, wanted: Feeds, *, floor: float = 0.0) -> float:
     """Largest difference over all outputs, each relative to the largest value of its output.
 
     Or relative to `floor` where that is larger: an output that cancels to nothing has the rounding
-    of what it was made from. Infinite where a shape or dtype differs, or where only one of the two is finite.
+    of what it was made from. Infinite where a shape or dtype differs, or where only one of the two
+    is finite.
     """
     worst = 0.0
     assert got.keys() == wanted.keys()
