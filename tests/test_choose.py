@@ -160,3 +160,39 @@ def test_searched_weight_range_is_never_worse_and_clips_outliers() -> None:
     assert (errors(*searched) <= errors(*plain) * (1 + 1e-6)).all()
     assert errors(*searched)[0] < errors(*plain)[0]
     assert searched[1][0] < 9.0
+
+
+def fire(low: float, high: float) -> Graph:
+    """Two Convs with ranges set by `low` and `high` joined by Concat and read by a third."""
+    eye = np.eye(16, dtype=np.float32).reshape(16, 16, 1, 1)
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 16, 4, 4] x) => (float[N, 16, 4, 4] y) {
+       [a] a = Conv (x, wa, b)
+       [b] c = Conv (x, wb, b)
+       [r] ra = Relu (a)
+       [s] rb = Relu (c)
+       [j] j = Concat <axis = 1> (ra, rb)
+       [k] y = Conv (j, wk, b)
+    }"""
+    graph = Graph.from_text(
+        text, wa=low * eye, wb=high * eye, wk=np.concatenate([eye, eye], 1), b=np.zeros(16, "f")
+    )
+    graph.infer_shapes()
+    return graph
+
+
+@pytest.mark.parametrize(("low", "high", "widest"), [(1.0, 3.0, "rb"), (3.0, 1.0, "ra")])
+def test_concat_takes_the_numbers_of_its_widest_input(low: float, high: float, widest: str) -> None:
+    graph = fire(low, high)
+    plan = make_plan(graph, TARGETS["ort-x86"], W8A8)
+    taps = taps_of(graph, plan)
+    model = graph.to_model()
+    data = [{"x": RANDOM.standard_normal((1, 16, 4, 4)).astype(np.float32)} for _ in range(8)]
+    stats = collect(model, taps, open_samples(data, input_specs(model))).stats
+    # Its own range would be another one: percentile clips the union elsewhere than its part.
+    wide = replace(stats["j"], high=2.0 * stats["j"].high)
+    table = choose_qtable(graph, plan, {**stats, "j": wide}, method="minmax").qparams
+    other = "ra" if widest == "rb" else "rb"
+    assert table["j"].scale == table[widest].scale
+    assert table["j"].zero_point == table[widest].zero_point
+    assert table["j"].scale != table[other].scale
