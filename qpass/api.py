@@ -17,7 +17,7 @@ from qpass.compare import LayerDifference, compare_layers
 from qpass.errors import ModelError, RecipeError
 from qpass.files import check_folder, write_text
 from qpass.graph import Graph
-from qpass.modelfile import load_model, model_bytes, save_model
+from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
 from qpass.options import Options
 from qpass.passes.normalize import normalize
 from qpass.pipeline import (
@@ -46,6 +46,7 @@ from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_an
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
 from qpass.verify.check import Reference, check_engine
+from qpass.verify.host import session_entries
 
 # A float graph this many times its file does not fit: weights, their packed copy, activations.
 FLOAT_MEMORY_FACTOR: Final = 2.0
@@ -64,7 +65,7 @@ def make_options(recipe: str | Path | None = None, **options: Any) -> Options:
     if unknown:
         raise RecipeError(f"there is no option {unknown[0]}", fix=", ".join(sorted(known)))
     values.update({key: value for key, value in options.items() if value is not None})
-    for key in ("keep", "engines"):
+    for key in ("keep", "bits", "engines"):
         if key in values:
             values[key] = tuple(values[key])
     return Options(**values)
@@ -305,6 +306,8 @@ def verify(
     if reference is not None:
         load_model(base)  # a clear error when it is not a float model
     compared = Reference.run(base, feeds, threads=settings.jobs)
+    made_for = TARGETS.get(read_metadata(path).get("qpass.target", ""))
+    entries = session_entries(made_for) if made_for is not None else {}
     reports = []
     for engine in engines_for(run):
         with tempfile.TemporaryDirectory() as folder:
@@ -317,6 +320,7 @@ def verify(
                     reference=compared,
                     workdir=Path(folder),
                     seconds=TIMING_SECONDS if reference is not None else 0.0,
+                    session_config=entries if engine == "ort" else None,
                 )
             )
     return reports

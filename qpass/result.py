@@ -30,6 +30,7 @@ from qpass.report.model import (
     Report,
     TensorHistogram,
 )
+from qpass.saturation import saturates
 from qpass.verify import peak_rss_bytes
 from qpass.version import __version__
 
@@ -143,7 +144,8 @@ def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
             )
         )
     loss = own.optimizer_loss_db
-    if loss is not None and own.sqnr_db is not None:
+    exact = own.name == "ort" or not (run.target.needs_vnni and saturates())
+    if loss is not None and own.sqnr_db is not None and exact:
         gates.append(
             Gate(
                 name=f"{own.name}: SQNR lost to optimizations (dB)",

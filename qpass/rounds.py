@@ -21,7 +21,8 @@ from qpass.program import Policy
 from qpass.report.model import EngineReport, PassReport
 from qpass.verify import available_engines, profile_ort, read_back
 from qpass.verify.check import Reference, check_engine
-from qpass.verify.engines import KEEP_SIGNED, EngineError, EngineName
+from qpass.verify.engines import EngineError, EngineName
+from qpass.verify.host import saturation_note, session_entries, shows_speed
 from qpass.verify.profile_openvino import profile_openvino, time_of
 from qpass.verify.repair import (
     MAX_ROUNDS,
@@ -105,7 +106,7 @@ def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -
         if not may_repair(run) or number > MAX_ROUNDS:
             return
         repair, before = repair_leftovers(own), None
-        if repair is None and worth_repairing(own):
+        if repair is None and worth_repairing(own) and shows_speed(run.target):
             with run.stages.stage("verify"):
                 repair = _give_up_products(run, own) or repair_slow(
                     own, _slower_nodes(run, path, reference, own)
@@ -138,7 +139,9 @@ def compare_engines(run: Run) -> None:
     own = run.engines[0] if run.engines else None
     if own is None:
         return
-    if may_repair(run) and worth_repairing(own):
+    if note := saturation_note(run.target):
+        run.notes.append(note)
+    if may_repair(run) and worth_repairing(own) and shows_speed(run.target):
         run.notes.append(
             f"SLOWER THAN FLOAT in {own.name}: {own.speedup:.2f}x. Repair found nothing more to "
             "give up; --min-speedup 1 makes it a gate."
@@ -158,8 +161,7 @@ def _check_all(
 ) -> tuple[list[EngineReport], dict[str, str]]:
     reports: list[EngineReport] = []
     failures: dict[str, str] = {}
-    # A dialect of other hardware is only computed here, so its types stay what they are.
-    config = KEEP_SIGNED if run.target.engine == "none" else None
+    config = session_entries(run.target)
     for engine in engines:
         try:
             reports.append(

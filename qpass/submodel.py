@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from qpass.errors import InternalError
 from qpass.graph import Constant, Graph, Node, array_of
+from qpass.saturation import make_exact
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -103,6 +104,7 @@ class Submodel:
         options.log_severity_level = _ERRORS_ONLY
         # Runs are short and many: threads that wait in a loop take the time of those that work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        make_exact(options)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 import qpass.passes
 from qpass.graph import Graph, Node, array_of
@@ -194,7 +195,8 @@ def test_dynamic_ranges_replace_every_matmul_with_weights() -> None:
     assert (ops["MatMulInteger"], ops["DynamicQuantizeLinear"], ops["MatMul"]) == (4, 4, 2)
     onnx.checker.check_model(graph.to_model(), full_check=True)
     feeds = feeds_of(source, 2, seed=5)[1]
-    got = run(graph.to_model(), feeds)["y"]
+    # onnxruntime's MatMulInteger is not exact on every CPU; the evaluator's is.
+    (got,) = ReferenceEvaluator(graph.to_model()).run(None, dict(feeds))
     # 8 bits per tensor and per column: 40 dB is what one product has.
     assert sqnr_db(run(source.to_model(), feeds)["y"], got) > 30
 

@@ -30,7 +30,10 @@ from qpass.verify.trace import trace
 from tests.small_models import Quantized, feeds_of, quantize, residual_cnn, run, transformer
 
 MODELS = Path(__file__).parent.parent / "models"
-NAMES = ("ort-x86", "ort-arm", "openvino", "tensorrt", "qnn-htp", "vitis-xint8")
+NAMES = (
+    "ort-x86", "ort-x86-avx2", "ort-arm", "openvino", "openvino-avx2", "tensorrt", "qnn-htp",
+    "vitis-xint8",
+)  # fmt: skip
 CASES = ("residual_cnn", "transformer", "digits_cnn", "digits_vit")
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 WORST_DB = 15.0

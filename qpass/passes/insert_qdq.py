@@ -53,20 +53,22 @@ def dequantize_node(
 ) -> Node:
     """Make the DequantizeLinear from `source` to `out`; the axis is always written.
 
-    `constants` are scale and zero point where they exist already.
+    `constants` are scale and zero point where they exist already; else they are made here.
     """
     attrs = {} if numbers.axis is None else {"axis": numbers.axis}
     if numbers.block_size is not None:
         attrs["block_size"] = numbers.block_size
-    inputs = [source, *(constants or _scale_and_zero_point(graph, name, numbers))]
+    if constants is None:
+        # Constants of its own: where session.x64quantprecision is set (see `qpass.saturation`),
+        # onnxruntime 1.31 does not load a file in which weights share a zero point.
+        constants = (
+            graph.constant(f"{name}_scale", numbers.scale),
+            graph.constant(f"{name}_zero_point", numbers.zero_point),
+        )
+    inputs: list[Tensor] = [source, *constants]
     if numbers.storage is INT32:
         inputs.pop()  # it is 0 by definition (onnx, DequantizeLinear) and would cost as much again
     return graph.make("DequantizeLinear", inputs, [out], name=f"{name}_DQ", attrs=attrs)
-
-
-def _scale_and_zero_point(graph: Graph, name: str, numbers: QParams) -> tuple[Constant, Constant]:
-    scale = graph.constant(f"{name}_scale", numbers.scale)
-    return scale, graph.common_constant(f"{name}_zero_point", numbers.zero_point)
 
 
 def _insert_pair(
@@ -97,7 +99,10 @@ def _insert_pair(
     stored = graph.variable(
         f"{decision.key}_quantized", np.dtype(numbers.storage.numpy), tensor.shape
     )
-    constants = _scale_and_zero_point(graph, decision.key, numbers)
+    constants = (
+        graph.constant(f"{decision.key}_scale", numbers.scale),
+        graph.common_constant(f"{decision.key}_zero_point", numbers.zero_point),
+    )
     name = f"{decision.key}_Q"
     q = graph.make("QuantizeLinear", [tensor, *constants], [stored], name=name)
     dq = dequantize_node(graph, stored, restored, numbers, decision.key, constants)

@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Final
 
 from qpass.errors import RecipeError
-from qpass.targets import openvino, ort_arm, ort_x86, qnn_htp, tensorrt, vitis_xint8
+from qpass.targets import avx2, openvino, ort_arm, ort_x86, qnn_htp, tensorrt, vitis_xint8
 from qpass.targets.schema import OpRule, Target
 
 __all__ = ["TARGETS", "OpRule", "Target", "load_target"]
 
 TARGETS: Final[dict[str, Target]] = {
-    module.TARGET.name: module.TARGET
-    for module in (ort_x86, ort_arm, openvino, tensorrt, qnn_htp, vitis_xint8)
+    target.name: target
+    for target in (
+        ort_x86.TARGET,
+        avx2.ORT,
+        ort_arm.TARGET,
+        openvino.TARGET,
+        avx2.OPENVINO,
+        tensorrt.TARGET,
+        qnn_htp.TARGET,
+        vitis_xint8.TARGET,
+    )
 }
 
 

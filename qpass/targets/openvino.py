@@ -78,12 +78,13 @@ RULES: Final = (
 
 TARGET: Final = Target(
     name="openvino",
-    title="OpenVINO CPU",
+    title="OpenVINO CPU, x86-64 with VNNI",
     engine="openvino",
     opset=21,
     rules=RULES,
     bias="int32",
     activation=U8,
+    needs_vnni=True,
     sources=(LPT,),
     notes=(
         "Attention operands are S8 with zero point 0 (the Softmax output U8, its low end is 0).",

@@ -109,6 +109,7 @@ TARGET: Final = Target(
     activation=U8,
     matmul_bias_rank=3,
     sum_before_norm=True,
+    needs_vnni=True,
     sources=(SELECTORS,),
     notes=(
         "S8 activations run in float or 4 to 20 times slower on x86: U8 everywhere.",

@@ -65,6 +65,7 @@ class Target:
     matmul_bias_rank: int | None = None  # reshape MatMul biases to this rank (see lower.py)
     per_channel_matmul: bool = True
     sum_before_norm: bool = False  # see lower.py
+    needs_vnni: bool = False  # 8-bit weights: other x86 CPUs saturate, see saturation.py
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -9,6 +9,7 @@ import pytest
 
 from qpass.graph import Graph
 from qpass.passes.dynamic import make_dynamic
+from qpass.saturation import make_exact
 
 RANDOM = np.random.default_rng(2)
 HEAD = '<ir_version: 10, opset_import: ["": 21]> g (float[2,4,16] x) => '
@@ -26,7 +27,11 @@ def weights(name: str, *, per_channel: bool = True, shape: tuple[int, ...] = (16
 def outputs(graph: Graph, x: np.ndarray) -> list[np.ndarray]:
     model = graph.to_model()
     onnx.checker.check_model(model, full_check=True)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    make_exact(options)
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return session.run(None, {"x": x})
 
 

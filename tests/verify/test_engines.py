@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 
 from qpass.errors import QpassError
+from qpass.saturation import exact_entries, saturates
 from qpass.verify import EngineError, available_engines, open_engine, sqnr_db
 from qpass.verify import engines as engines_module
 
@@ -21,7 +22,10 @@ def test_ort_and_reference_are_always_there():
 def test_engines_agree_with_the_reference(name, case, saved, feeds):
     model, path = saved(case)
     expected = open_engine("reference", path).run(feeds(model))
-    got = open_engine(name, path).run(feeds(model))
+    if name == "openvino" and saturates() and case == "residual":
+        pytest.skip("without VNNI OpenVINO saturates sums of 8-bit products")
+    config = exact_entries() if name == "ort" else None
+    got = open_engine(name, path, session_config=config).run(feeds(model))
     assert len(got) == len(expected) == 1
     assert got[0].dtype == np.float32
     # Engines differ by single steps of the u8 outputs: 1 of 255, half of the time at most.

@@ -1,0 +1,43 @@
+"""What this machine's CPU can show about a file that is for another kind of CPU."""
+
+from __future__ import annotations
+
+from qpass.saturation import exact_entries, saturates
+from qpass.targets import Target
+from qpass.verify.engines import KEEP_SIGNED
+
+
+def session_entries(target: Target) -> dict[str, str]:
+    """Return the session entries of onnxruntime that a file of `target` is verified with.
+
+    A dialect of other hardware is only computed here, so its types stay what they are. A dialect
+    that needs VNNI is computed as a CPU with VNNI does it.
+    """
+    if target.needs_vnni:
+        return dict(exact_entries())
+    if target.engine != "none":
+        return {}
+    # onnxruntime has no kernel for signed activations times the unsigned weights of exact products.
+    exact = {} if target.activation.storage.signed else exact_entries()
+    return {**exact, **KEEP_SIGNED}
+
+
+def shows_speed(target: Target) -> bool:
+    """Return True when times measured here say something about the CPUs that `target` is for."""
+    return not (target.needs_vnni and saturates())
+
+
+def saturation_note(target: Target) -> str:
+    """Return what to tell a user whose CPU computes files of `target` wrongly; "" elsewhere."""
+    if shows_speed(target):
+        return ""
+    verified = (
+        "The file was verified with session.x64quantprecision=1, which is exact as VNNI is, but "
+        "slower; set it wherever the file runs on such a CPU."
+        if target.engine == "onnxruntime"
+        else "What OpenVINO shows here, in accuracy and speed, is not what a CPU with VNNI shows."
+    )
+    return (
+        "THIS CPU HAS NO VNNI: its kernels saturate sums of 8-bit products. "
+        f"{verified} For CPUs like this one compile with --target {target.name}-avx2."
+    )
