@@ -43,7 +43,7 @@ def test_contestant_with_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "batch"), [("qpass", 8), ("qpass:ort-x86,batch_size=4", 4), ("ort:minmax", 1)]
+    ("text", "batch"), [("qpass", 4), ("qpass:ort-x86,batch_size=8", 8), ("ort:minmax", 1)]
 )
 def test_contestant_batch(text: str, batch: int) -> None:
     assert parse_contestant(text).batch == batch

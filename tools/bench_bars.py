@@ -10,13 +10,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from bench_accuracy import judge_accuracy, judge_compensation
+
 Row = dict[str, Any]
 
 OWN_ENGINE: Final = {
     "qpass": "ort",
     "qpass:": "ort",
     "qpass:ort-x86": "ort",
+    "qpass:ort-x86-avx2": "ort",
     "qpass:openvino": "openvino",
+    "qpass:openvino-avx2": "openvino",
 }
 SQNR_PEERS: Final = ("ort:minmax", "ort:entropy", "ort:percentile")
 PEERS: Final = ("ort:", "nncf", "quark")
@@ -51,6 +55,9 @@ def judge_bars(rows: Sequence[Row]) -> list[Bar]:
             head = row["contestant"].split(",")[0]
             if OWN_ENGINE.get(head) == row["engine"]:
                 bars += _model_bars(row, done)
+                for judge in (judge_accuracy, judge_compensation):
+                    for name, wanted, got, met in judge(row, done):
+                        bars.append(_bar(name, row, wanted, got, met=met))
         elif row["kind"] == "calibration":
             bars += _calibration_bars(row)
         elif row["kind"] == "determinism":

@@ -177,9 +177,12 @@ def _version(package: str | None) -> str:
 
 # -------------------------------------------------------------------------------------- judge
 def _judge(job: Job) -> Result:
+    from qpass.saturation import saturates
     from qpass.verify import ErrorMeter, open_engine, read_back
 
-    engine = open_engine(job["engine"], Path(job["file"]), threads=0)
+    file = Path(job["file"])
+    config = _exact_config(job["engine"], file)
+    engine = open_engine(job["engine"], file, threads=0, session_config=config)
     run = _run_outputs(engine, Path(job["model"]))
     samples = _samples(job)
     reference = _reference(job, samples)
@@ -188,9 +191,10 @@ def _judge(job: Job) -> Result:
         for meter, expected, got in zip(meters, wanted, run(feeds), strict=True):
             meter.update(expected, got)
     with tempfile.TemporaryDirectory() as folder:
-        census = read_back(job["engine"], Path(job["file"]), Path(folder))
+        census = read_back(job["engine"], file, Path(folder), session_config=config)
     result: Result = {
         "engine_version": engine.version,
+        "exact_products": bool(config) or not saturates(),
         "sqnr_db": min(meter.sqnr_db for meter in meters),
         "cosine": min(meter.cosine for meter in meters),
         "integer_ops": len(census.integer_compute),
@@ -203,6 +207,23 @@ def _judge(job: Job) -> Result:
         result["metric_name"] = case.metric
         result["metric"] = case.score(run, job["limit"])
     return result
+
+
+def _exact_config(engine: str, file: Path) -> Mapping[str, str]:
+    """Return session entries for exact 8-bit products, where this CPU and the file need them.
+
+    onnxruntime 1.31 refuses some files of peers with them; those are run as they are.
+    """
+    from qpass.saturation import exact_entries
+    from qpass.verify import EngineError, open_engine
+
+    if engine != "ort" or not exact_entries():
+        return {}
+    try:
+        open_engine("ort", file, session_config=exact_entries())
+    except EngineError:
+        return {}
+    return exact_entries()
 
 
 def _run_outputs(engine: Any, model: Path) -> Run:
