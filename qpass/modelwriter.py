@@ -101,6 +101,7 @@ class ModelWriter:
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         header = without_graph(self._model)
+        header.ClearField("graph")
         header.functions.extend(self._model.functions)
         merged = {entry.key: entry.value for entry in header.metadata_props} | dict(metadata)
         del header.metadata_props[:]

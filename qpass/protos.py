@@ -6,7 +6,7 @@ import onnx
 
 
 def without_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of everything of `model` but its graph and functions."""
+    """Return a copy of everything of `model` but its functions and what its graph computes."""
     header = onnx.ModelProto(
         ir_version=model.ir_version,
         producer_name=model.producer_name,
@@ -17,6 +17,7 @@ def without_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     )
     header.opset_import.extend(model.opset_import)
     header.metadata_props.extend(model.metadata_props)
+    header.graph.metadata_props.extend(model.graph.metadata_props)
     return header
 
 

@@ -269,6 +269,7 @@ def old_model() -> onnx.ModelProto:
     graph.quantization_annotation.add(tensor_name="c")
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
     model.metadata_props.add(key="author", value="somebody")
+    model.graph.metadata_props.add(key="scope", value="whole")
     model.producer_name, model.doc_string = "maker", "model doc"
     return model
 
@@ -288,6 +289,7 @@ def test_upgrade_keeps_the_function_and_every_string(tmp_path: Path) -> None:
     assert model.doc_string == "model doc"
     assert model.graph.doc_string == "graph doc"
     assert read_metadata(after) == {"author": "somebody", "qpass.version": "1"}
+    assert [(e.key, e.value) for e in model.graph.metadata_props] == [("scope", "whole")]
     layers = {n.name: n.metadata_props[0].value for n in model.graph.node if n.metadata_props}
     assert layers == {n: f"layer of {n}" for n in ("conv", "squeeze", "softmax", "mean")}
     assert model.graph.node[0].doc_string == "a convolution"
