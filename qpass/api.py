@@ -15,26 +15,16 @@ from qpass.calibrate import TapRequest, collect, input_specs, open_samples, save
 from qpass.calibrate import shard as take_shard
 from qpass.compare import LayerDifference, compare_layers
 from qpass.errors import ModelError, RecipeError
+from qpass.evidence import calibrate as calibrate_run
+from qpass.evidence import held_out_samples, open_data, take_batches, taps_of
 from qpass.files import check_folder, write_text
 from qpass.graph import Graph
+from qpass.migration import migrate_scales
+from qpass.mixed import search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
-from qpass.options import Options
+from qpass.options import ROUND_WITH_DATA, Options
 from qpass.passes.normalize import normalize
-from qpass.pipeline import (
-    LAYER_SAMPLES,
-    Run,
-    choose_method,
-    held_out_samples,
-    metadata_of,
-    open_data,
-    prepare,
-    quantize,
-    sha256_of,
-    start,
-    take_batches,
-    taps_of,
-)
-from qpass.pipeline import calibrate as calibrate_run
+from qpass.pipeline import LAYER_SAMPLES, choose_method, make_norms_static, prepare, quantize
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy, Progress
@@ -43,10 +33,13 @@ from qpass.report.html import plotly_js, write_html
 from qpass.report.model import EngineReport, LayerReport, Report
 from qpass.result import build_report, evaluate_metric, gates_of, load_callable
 from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
+from qpass.run import Run, metadata_of, model_key, start
+from qpass.runtime_cost import runtime_costs
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
 from qpass.verify.check import Reference, check_engine
 from qpass.verify.host import session_entries
+from qpass.verify.session import recorded_entries
 
 # A float graph this many times its file does not fit: weights, their packed copy, activations.
 FLOAT_MEMORY_FACTOR: Final = 2.0
@@ -132,11 +125,21 @@ def optimize(
             calibration, holdout = open_data(run, data)
             held, note = held_out_samples(calibration, holdout)
         run.notes += [note] if note else []
+        make_norms_static(run, calibration)
         if run.policy.precision.activation is not None:
+            if _fits(run, source):
+                migrate_scales(run, calibration)
             calibrate_run(run, calibration, progress)
             if _fits(run, source):
                 choose_method(run, list(islice(iter(calibration), TRIAL_SAMPLES)))
                 take_batches(run, calibration)
+        elif run.options.round in ROUND_WITH_DATA and _fits(run, source):
+            take_batches(run, calibration)
+    elif settings.round in ROUND_WITH_DATA:
+        raise RecipeError(f"--round {settings.round} needs samples", fix="give --data")
+    elif settings.static_norm is not None:
+        raise RecipeError("--static-norm needs samples to fit norms on", fix="give --data")
+    search(run, held)
     quantize(run)
     assert run.quantized is not None
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".qpass-") as folder:
@@ -146,6 +149,7 @@ def optimize(
         if _fits(run, source, note=True):
             verify_and_repair(run, trial, held)
             compare_engines(run)
+            run.runtime_costs = runtime_costs(run, trial, held, seconds=TIMING_SECONDS)
             with run.stages.stage("layers"):
                 run.layers = _layers(run, held[:LAYER_SAMPLES])
         metric = evaluate_metric(run, trial)
@@ -154,6 +158,10 @@ def optimize(
         final = final.with_name(f"{final.stem}.rejected{final.suffix}")
     with run.stages.stage("write"):
         save_model(run.quantized, final, metadata=metadata_of(run))
+    if run.mixed is not None and run.plan is not None:
+        chosen = final.with_suffix(".plan.json")
+        write_text(chosen, run.plan.to_json())
+        run.mixed = dataclasses.replace(run.mixed, plan=str(chosen))
     report = build_report(run, final, metric, gates)
     if settings.report is not None:
         reports = Path(settings.report)
@@ -185,8 +193,9 @@ def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
     reference = run.graph.to_model(inline=True)
     rows = compare_layers(reference, run.quantized.to_model(inline=True), samples)
     before = rows
-    if run.compensation is not None and run.plain is not None:
+    if run.plain is not None and run.plain is not run.quantized:
         before = compare_layers(reference, run.plain.to_model(inline=True), samples)
+    fitted = {layer.name: layer for layer in run.compensation.layers} if run.compensation else {}
     return [
         LayerReport(
             name=row.name,
@@ -195,6 +204,8 @@ def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
             sqnr_db_after=row.sqnr_db,
             cosine=row.cosine,
             precision="integer" if row.name in integer else "float",
+            corrected_channels=fitted[row.name].corrected if row.name in fitted else 0,
+            refused_channels=fitted[row.name].refused if row.name in fitted else (),
         )
         for row, plain in zip(rows, before, strict=True)
     ]
@@ -254,7 +265,7 @@ def calibrate(
         progress=(lambda done, of: progress("calibrate", done, of)) if progress else None,
     )
     meta = {
-        "model": sha256_of(run.source),
+        "model": model_key(run),
         "samples_sha256": samples.fingerprint(),
         "samples": str(result.samples),
         "targets": target or "all",
@@ -306,8 +317,10 @@ def verify(
     if reference is not None:
         load_model(base)  # a clear error when it is not a float model
     compared = Reference.run(base, feeds, threads=settings.jobs)
-    made_for = TARGETS.get(read_metadata(path).get("qpass.target", ""))
+    metadata = read_metadata(path)
+    made_for = TARGETS.get(metadata.get("qpass.target", ""))
     entries = session_entries(made_for) if made_for is not None else {}
+    entries |= recorded_entries(metadata)
     reports = []
     for engine in engines_for(run):
         with tempfile.TemporaryDirectory() as folder:

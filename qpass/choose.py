@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qpass.calibrate.observers import TensorStats
 from qpass.calibrate.ranges import RangeChoice, solve_range
-from qpass.errors import InternalError
+from qpass.errors import InternalError, RecipeError
 from qpass.graph import Graph, array_of
 from qpass.plan import Decision, Plan
 from qpass.qparams import QParams, TensorSpec, channel_range, choose_qparams
@@ -78,7 +78,7 @@ def choose_qtable(
         plan: decisions.
         stats: statistics by tensor name.
         method: minmax, percentile, entropy, mse or auto, for activations.
-        round_method: `mse` searches the weight range, everything else takes the largest magnitude.
+        round_method: `rtn` takes the largest magnitude of the weights, all others search the range.
     """
     qparams: dict[str, QParams] = {}
     ranges: dict[str, RangeChoice] = {}
@@ -86,22 +86,35 @@ def choose_qtable(
     for decision in plan.activations():
         groups.setdefault(decision.group or f"\0{decision.key}", []).append(decision)
     for members in groups.values():
-        choices = [_activation_range(d, stats, method) for d in members]
+        _check_pinned(members)
+        # A range that is fixed for one tensor is fixed for all that share its numbers.
+        deciding = [d for d in members if d.pinned is not None] or members
+        choices = [_activation_range(d, stats, method) for d in deciding]
         low, high = min(c.low for c in choices), max(c.high for c in choices)
-        for decision, choice in zip(members, choices, strict=True):
+        for number, decision in enumerate(members):
             qparams[decision.key] = choose_qparams(decision.spec, low, high)
-            ranges[decision.key] = choice
+            ranges[decision.key] = choices[min(number, len(choices) - 1)]
     _align_concats(graph, groups, qparams)
     tensors = graph.tensors()
     for decision in plan.weights():
         values = array_of(tensors[decision.tensor])
-        if decision.kind == "weight" and round_method == "mse":
+        if decision.kind == "weight" and round_method != "rtn":
             low_array, high_array = solve_weight_range(values, decision.spec)
         else:
             low_array, high_array = weight_range(values, decision.spec)
         qparams[decision.key] = choose_qparams(decision.spec, low_array, high_array)
     _leave_room_for_biases(graph, plan, qparams)
     return QTable(qparams=qparams, ranges=ranges)
+
+
+def _check_pinned(members: list[Decision]) -> None:
+    pinned = {decision.pinned: decision.tensor for decision in members if decision.pinned}
+    if len(pinned) > 1:
+        first, second = list(pinned.values())[:2]
+        raise RecipeError(
+            f"{first} and {second} share one scale, but are fixed to different ranges",
+            fix="fix one of them; `qpass plan` shows which tensors are tied",
+        )
 
 
 def _align_concats(
@@ -124,6 +137,8 @@ def _align_concats(
             continue
         inputs = [resident.get(tensor.name) for tensor in node.inputs]
         if any(members is None for members in inputs):
+            continue
+        if any(decision.pinned is not None for decision in resident[node.outputs[0].name]):
             continue
         numbers = [qparams[members[0].key] for members in inputs if members is not None]
         if any(one.scale.ndim or one.storage != numbers[0].storage for one in numbers):
@@ -173,25 +188,39 @@ def solve_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
     Tries `WEIGHT_SHARES` of the min/max range (the search that QDrop and BRECQ begin with).
     """
     low, high = weight_range(values, spec)
-    if spec.granularity == "per_block":
-        return low, high
-    axis = None if spec.axis is None else spec.axis % values.ndim
-    rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0)
-    rows = rows.reshape(rows.shape[0], -1).astype(np.float64)
-    row_spec = spec if axis is None else replace(spec, axis=0)
-    best = np.full(rows.shape[0], np.inf)
-    share = np.ones(rows.shape[0])
+    rows = _rows_of_scales(values, spec)
+    # One row for each scale, whatever the scales lie along.
+    row_spec = replace(spec, granularity="per_channel", axis=0, block_size=None)
+    best, share = np.full(len(rows), np.inf), np.ones(len(rows))
     for candidate in WEIGHT_SHARES[::-1]:
         trial = choose_qparams(row_spec, np.ravel(low) * candidate, np.ravel(high) * candidate)
-        scale = np.atleast_1d(trial.scale).astype(np.float64)[:, None]
-        zero = np.atleast_1d(trial.zero_point).astype(np.float64)[:, None]
+        scale = trial.scale.astype(np.float64)[:, None]
+        zero = trial.zero_point.astype(np.float64)[:, None]
         q = np.clip(np.rint(rows / scale) + zero, trial.qmin, trial.qmax)
         error = np.square((q - zero) * scale - rows).sum(axis=1)
         better = error < best
         best, share = np.where(better, error, best), np.where(better, candidate, share)
-    if axis is None:
-        return low * share[0], high * share[0]
-    return low * share, high * share
+    return low * share.reshape(low.shape), high * share.reshape(high.shape)
+
+
+def _rows_of_scales(values: Array, spec: TensorSpec) -> Array:
+    """Return the values that share a scale as rows, float64, in the order of the scales.
+
+    The last block of an axis may be shorter than the others: its row ends in zeros, which are exact
+    with every scale.
+    """
+    values = values.astype(np.float64)
+    if spec.granularity == "per_tensor":
+        return values.reshape(1, -1)
+    assert spec.axis is not None
+    axis = spec.axis % values.ndim
+    if spec.granularity == "per_channel":
+        return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    assert spec.block_size is not None
+    short = -values.shape[axis] % spec.block_size
+    padded = np.pad(values, [(0, short if i == axis else 0) for i in range(values.ndim)])
+    shape = (*values.shape[:axis], -1, spec.block_size, *values.shape[axis + 1 :])
+    return np.moveaxis(padded.reshape(shape), axis + 1, -1).reshape(-1, spec.block_size)
 
 
 def _leave_room_for_biases(graph: Graph, plan: Plan, qparams: dict[str, QParams]) -> None:

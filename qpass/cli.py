@@ -45,7 +45,6 @@ from qpass.verify.engines import EngineError
 from qpass.version import __version__
 
 PATH: Final = click.Path(path_type=Path)
-LATER: Final = "is not in this version"
 
 
 def fail(error: QpassError) -> None:
@@ -135,20 +134,49 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--compensate",
     type=click.Choice(["cwac", "bias", "qwt", "nbc", "none"]),
-    help="Correction of channels behind linear ops.",
+    help="Correction: cwac (default) and bias fold away; qwt and nbc add ops at run time.",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["ls", "mm"]),
+    help="Of gains: least squares (default), or mm: keep the size of logits and outputs.",
+)
+@click.option(
+    "--allow-runtime-ops",
+    is_flag=True,
+    default=None,
+    help="Also correct as Mul and Add nodes where no constant can take it.",
 )
 @click.option(
     "--round",
     type=click.Choice(["rtn", "mse", "gptq", "erq", "unit", "adaround"]),
     help="How weights are rounded (default rtn, to nearest).",
 )
-@click.option("--unified-norm", type=click.Choice(["auto", "off"]), help="Replace LayerNorm.")
-@click.option("--equalize/--no-equalize", default=None, help="Even out channel ranges.")
+@click.option(
+    "--unified-norm",
+    type=click.Choice(["auto", "off"]),
+    help="Fold Unified Normalization and other channel gains into linear ops (default auto).",
+)
+@click.option(
+    "--rotate",
+    type=click.Choice(["none", "heads", "stream", "all"]),
+    help="Spread outliers: rotate attention heads, the residual stream, or both (default none).",
+)
+@click.option("--rms-norm/--no-rms-norm", default=None, help="LayerNorm becomes RMSNorm.")
+@click.option("--static-norm", type=float, metavar="R2", help="LayerNorm becomes affine above R2.")
+@click.option("--equalize/--no-equalize", default=None, help="Migrate scales (default: on).")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
+@click.option("--bits", multiple=True, metavar="PATTERN=wNaM", help="Precision of single nodes.")
+@click.option("--block-size", type=int, help="Weights only: rows with one scale (default 32).")
+@click.option("--asymmetric-weights", is_flag=True, default=None, help="Weights only: zero points.")
+@click.option("--low-bit-edges", is_flag=True, default=None, help="Stem and head below 8 bits too.")
+@click.option("--mixed", is_flag=True, default=None, help="Bits by layer, to meet the gates.")
 @click.option("--holdout", type=float, metavar="F", help="Share held out to verify (default 0.25).")
 @samples_options
+@click.option("--accuracy-level", type=int, help="Of MatMulNBits: 0 float32, 4 (default) 8 bits.")
 @click.option("--recipe", type=PATH, help="TOML file with any of these options.")
 @click.option("--plan", help="Edited plan file of `qpass plan -o`.")
+@click.option("--activation-scales", metavar="FILE", help="Scales to keep (json, npz).")
 @click.option("--stats", help="Statistics of `qpass calibrate`.")
 @click.option("--cache", help="Folder that keeps statistics by content.")
 @click.option("--report", help="Folder for report.json and report.html.")
@@ -164,8 +192,7 @@ def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
     with user_errors():
         engine = options.pop("engine")
         options["engines"] = tuple(engine.split(",")) if engine else None
-        options["keep"] = options["keep"] or None
-        _refuse_later(options)
+        options["keep"], options["bits"] = options["keep"] or None, options["bits"] or None
         if options["report"] and Path(options["report"]).is_file():
             raise RecipeError(f"--report {options['report']} is a file", fix="name a folder")
         with progress_bar(quiet=as_json) as progress:
@@ -181,13 +208,6 @@ def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
                 columns = ("pass", "rule", "where", "reason")
                 print_table(Console(), "Refusals", columns, refused)
     sys.exit(0 if report.ok else 1)
-
-
-def _refuse_later(options: dict[str, Any]) -> None:
-    if options.pop("equalize") is True:
-        raise UserError(f"--equalize {LATER}", fix="leave it out")
-    if options.pop("unified_norm") == "auto":
-        raise UserError(f"--unified-norm auto {LATER}", fix="leave it out")
 
 
 @main.command()
@@ -227,6 +247,10 @@ def merge(stats: tuple[Path, ...], output: Path) -> None:
     help="Ranges of activations: from samples, or at run time.",
 )
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
+@click.option("--bits", multiple=True, metavar="PATTERN=wNaM", help="Precision of single nodes.")
+@click.option("--block-size", type=int, help="Weights only: rows with one scale (default 32).")
+@click.option("--asymmetric-weights", is_flag=True, default=None, help="Weights only: zero points.")
+@click.option("--low-bit-edges", is_flag=True, default=None, help="Stem and head below 8 bits too.")
 @click.option("-o", "--output", type=PATH, help="Write the plan as JSON, to be edited.")
 def plan(model: Path, output: Path | None, **options: Any) -> None:
     """Show what would become of each node of MODEL, and why."""
@@ -236,8 +260,8 @@ def plan(model: Path, output: Path | None, **options: Any) -> None:
             write_text(output, result.to_json())
             click.echo(f"wrote {output}")
             return
-        rows = [(node.name, node.op, node.precision, node.because) for node in result.nodes]
-        print_table(Console(), "Nodes", ("node", "op", "runs in", "because"), rows)
+        rows = [(n.name, n.op, n.precision, n.bits, n.because) for n in result.nodes]
+        print_table(Console(), "Nodes", ("node", "op", "runs in", "bits", "because"), rows)
         tensors = [
             (d.tensor, d.kind, d.spec.describe(), d.group or "", d.because)
             for d in result.decisions

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from qpass.errors import RecipeError
 from qpass.program import Activations, Precision
 
 CalibrateMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
 CompensateMethod = Literal["cwac", "bias", "qwt", "nbc", "none"]
+FitMethod = Literal["ls", "mm"]
+UnifiedNormMode = Literal["auto", "off"]
+RotateMode = Literal["none", "heads", "stream", "all"]
 RoundMethod = Literal["rtn", "mse", "gptq", "erq", "unit", "adaround"]
+ROUND_WITH_DATA: Final = ("gptq", "erq", "unit")  # these look at calibration samples
 
 BYTES: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 UNITS: Final = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -32,6 +36,19 @@ def parse_bytes(text: str) -> int:
     return int(float(match["number"]) * factor)
 
 
+def parse_node_bits(entries: tuple[str, ...]) -> dict[str, Precision]:
+    """Parse `PATTERN=wNaM` entries; RecipeError on anything else."""
+    found: dict[str, Precision] = {}
+    for entry in entries:
+        pattern, _, precision = entry.rpartition("=")
+        if not pattern:
+            raise RecipeError(
+                f"--bits {entry!r} is not PATTERN=wNaM", fix="write for example fc*=w8a8"
+            )
+        found[pattern] = Precision.parse(precision)
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of `optimize`; the names are those of the command line."""
@@ -40,9 +57,22 @@ class Options:
     precision: str = "w8a8"
     activations: Activations = "static"
     calibrate: CalibrateMethod = "auto"
+    equalize: bool = True  # migrate scales of channels where it helps
     compensate: CompensateMethod = "cwac"
+    fit: FitMethod = "ls"  # of gains: least squares, or mm: the size of what a Softmax reads
+    allow_runtime_ops: bool = False  # Mul and Add where no constant can take a correction
     round: RoundMethod = "rtn"
+    unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
+    rotate: RotateMode = "none"
+    rms_norm: bool = False
+    static_norm: float | None = None  # smallest R2 of a LayerNormalization that becomes affine
     keep: tuple[str, ...] = ()
+    bits: tuple[str, ...] = ()  # PATTERN=wNaM: precision of single nodes
+    mixed: bool = False  # more bits for some layers, for the budget of min_sqnr or max_drop
+    low_bit_edges: bool = False  # stem and head may go below 8 bits
+    block_size: int | None = None  # rows with one scale, weights only; None: 32 below 8 bits
+    asymmetric_weights: bool = False  # weights only: a zero point for each scale
+    accuracy_level: int = 4  # of onnxruntime's MatMulNBits; 4 rounds activations to 8 bits
     samples: int = 128
     holdout: float = 0.25
     batch_size: int = 4
@@ -51,6 +81,7 @@ class Options:
     seed: int = 0
     preprocess: str | None = None
     plan: str | None = None
+    activation_scales: str | None = None  # file of scales that stay as they are
     stats: str | None = None
     cache: str | None = None
     report: str | None = None
@@ -68,23 +99,40 @@ class Options:
             RecipeError: a value is out of its range, or two options contradict each other.
         """
         Precision.parse(self.precision)
+        parse_node_bits(self.bits)
+        if self.block_size not in (None, 16, 32, 64, 128):
+            raise RecipeError(f"--block-size {self.block_size} is not 16, 32, 64 or 128")
+        if not 0 <= self.accuracy_level <= 4:
+            raise RecipeError(f"--accuracy-level {self.accuracy_level} is not 0 to 4")
         parse_bytes(self.memory)
         if self.samples < 1:
             raise RecipeError(f"--samples {self.samples} is not positive")
+        if self.static_norm is not None and not 0.0 < self.static_norm <= 1.0:
+            raise RecipeError(
+                f"--static-norm {self.static_norm} is not in (0, 1]",
+                fix="it is the smallest R2 to accept; 0.98 is a good value",
+            )
         if not 0.0 <= self.holdout < 1.0:
             raise RecipeError(f"--holdout {self.holdout} is not in [0, 1)")
         if self.batch_size < 1:
             raise RecipeError(f"--batch-size {self.batch_size} is not positive")
+        if self.mixed and self.min_sqnr is None and self.max_drop is None:
+            raise RecipeError(
+                "--mixed needs a budget", fix="give --min-sqnr, or --max-drop and --eval"
+            )
         if self.max_drop is not None and self.eval is None:
             raise RecipeError("--max-drop needs --eval", fix="give --eval module:callable")
-        if self.compensate not in ("cwac", "bias", "none"):
+        if self.compensate not in get_args(CompensateMethod):
             raise RecipeError(
-                f"--compensate {self.compensate} is not in this version",
-                fix="use cwac, bias or none",
+                f"there is no --compensate {self.compensate}",
+                fix=f"use {', '.join(get_args(CompensateMethod))}",
             )
-        if self.round not in ("rtn", "mse"):
+        if self.fit not in get_args(FitMethod):
+            raise RecipeError(f"there is no --fit {self.fit}", fix="use ls or mm")
+        if self.round not in ("rtn", "mse", *ROUND_WITH_DATA):
             raise RecipeError(
-                f"--round {self.round} is not in this version", fix="use --round rtn or mse"
+                f"--round {self.round} is not in this version",
+                fix="use --round rtn, mse, gptq, erq or unit",
             )
 
     @property

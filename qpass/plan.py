@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from qpass.errors import RecipeError
+from qpass.program import Precision
 from qpass.qparams import TensorSpec
 
 SCHEMA: Final = 1
 
-# weights: stored in integers, computed in float. passthrough: integers move, nothing is computed.
-NodePrecision = Literal["integer", "weights", "passthrough", "float"]
+# weights: float activations, and a kernel that reads the integer weights. stored: the weights are
+# integers in the file only. passthrough: integers move, nothing is computed.
+NodePrecision = Literal["integer", "weights", "stored", "passthrough", "float"]
 DecisionKind = Literal["activation", "weight", "constant"]
 
 
@@ -55,13 +57,19 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeDecision:
-    """How one node is to run, and the rule or reason behind it."""
+    """How one node is to run, and the rule or reason behind it.
+
+    bits
+        Precision of a linear op, ``wNaM`` or ``wN``; empty for every other op and where no rule of
+        the target applies. The width of what follows it comes from the precision of the run.
+    """
 
     name: str
     op: str
     precision: NodePrecision
     because: str
     rule: str = ""
+    bits: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +93,24 @@ class Plan:
         """Return the nodes that are to compute in integers, by name."""
         return {n.name: n for n in self.nodes if n.precision == "integer"}
 
+    def engine_nodes(self) -> dict[str, NodeDecision]:
+        """Return the nodes for which a CPU engine has a kernel that reads integers, by name.
+
+        These are the ones that verification can hold an engine to: products of 8-bit integers, and
+        integer weights behind float activations. What is narrower is simulated in float.
+        """
+        return {
+            n.name: n
+            for n in self.nodes
+            if n.precision == "weights"
+            or (n.precision == "integer" and not (n.bits and Precision.parse(n.bits).simulated))
+        }
+
     def to_json(self) -> str:
-        """Return the editable form: `nodes[].precision` and `tensors[].range` are read back."""
+        """Return the editable form.
+
+        `nodes[].precision`, `nodes[].bits` and `tensors[].range` are read back.
+        """
         nodes = [asdict(node) for node in self.nodes]
         tensors = [
             {
@@ -106,11 +130,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFile:
-    """What is read back from an edited plan: nodes made float, and pinned ranges."""
+    """What is read back from an edited plan: nodes made float, bits of nodes, pinned ranges."""
 
     target: str
     precision: str
     float_nodes: Mapping[str, str]
+    node_bits: Mapping[str, Precision]
     node_names: frozenset[str]
     ranges: Mapping[str, tuple[float, float]]
 
@@ -132,6 +157,7 @@ def read_plan(path: Path) -> PlanFile:
             fix="make one with `qpass plan -o`",
         )
     float_nodes: dict[str, str] = {}
+    node_bits: dict[str, Precision] = {}
     ranges: dict[str, tuple[float, float]] = {}
     try:
         for node in data["nodes"]:
@@ -143,6 +169,8 @@ def read_plan(path: Path) -> PlanFile:
                     where=str(path),
                     fix="write integer or float",
                 )
+            if node.get("bits"):
+                node_bits[node["name"]] = Precision.parse(str(node["bits"]))
         for tensor in data["tensors"]:
             if tensor.get("range") is not None:
                 low, high = (float(value) for value in tensor["range"])
@@ -155,6 +183,7 @@ def read_plan(path: Path) -> PlanFile:
         target=target,
         precision=precision,
         float_nodes=float_nodes,
+        node_bits=node_bits,
         node_names=names,
         ranges=ranges,
     )

@@ -15,7 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from qpass.errors import ModelError, RecipeError
+from qpass.bits import EDGE_BITS, NodeBits, bits_of_nodes
+from qpass.embeddings import embeddings
+from qpass.errors import ModelError
 from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.masks import MASK_VALUE, holds_mask, masked_tensors
 from qpass.matching import (
@@ -26,9 +28,10 @@ from qpass.matching import (
     is_dynamic,
     is_float32,
     match_rule,
-    weight_axis,
 )
-from qpass.plan import Decision, DecisionKind, Edge, NodeDecision, NodePrecision, Plan
+from qpass.plan import Decision, Edge, NodeDecision, NodePrecision, Plan
+from qpass.planner_weights import ConstantDecisions, Keys, embedding, weight_only, weight_spec
+from qpass.policy_check import check_policy
 from qpass.program import Policy
 from qpass.qparams import TensorSpec
 from qpass.targets.schema import OpRule, Target, with_bits
@@ -41,9 +44,9 @@ def plan(graph: Graph, target: Target, policy: Policy) -> Plan:
 
     Raises:
         ModelError: no op of the graph can be quantized for this target.
-        RecipeError: a `--keep` pattern matches no node, a pinned tensor does not exist.
+        RecipeError: the policy speaks of a node or tensor that the model does not have.
     """
-    _check_policy(graph, policy)
+    check_policy(graph, policy)
     planner = _Planner(graph, target, policy)
     planner.decide()
     result = planner.result()
@@ -55,26 +58,6 @@ def plan(graph: Graph, target: Target, policy: Policy) -> Plan:
             fix="`qpass plan` shows the reason for each node",
         )
     return result
-
-
-def _check_policy(graph: Graph, policy: Policy) -> None:
-    names = [node.name for node in graph.nodes]
-    for pattern in policy.keep:
-        single = replace(policy, keep=(pattern,), float_nodes={})
-        if not any(single.reason_to_keep(name) for name in names):
-            raise RecipeError(
-                f"--keep {pattern!r} matches no node",
-                fix="`qpass plan` lists the node names; patterns use *, ? and [ ]",
-            )
-    tensors = graph.tensors()
-    for name in policy.ranges:
-        if name not in tensors:
-            raise RecipeError(f"the plan pins the range of {name}, which is not in the model")
-        if isinstance(tensors[name], Constant):
-            raise RecipeError(
-                f"the plan pins the range of {name}, which is a constant",
-                fix="the range of a constant is that of its values; set it to null",
-            )
 
 
 @dataclass(slots=True)
@@ -90,15 +73,19 @@ class _Planner:
     absorbed: dict[int, Node] = field(default_factory=dict)  # id(node) -> activation in its Q
     resident: dict[str, str] = field(default_factory=dict)  # tensor -> because
     requests: dict[tuple[str, TensorSpec], list[Edge]] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)  # inputs and outputs of integer followers
     because: dict[str, str] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)
-    constants: dict[tuple[str, TensorSpec], Decision] = field(default_factory=dict)
-    keys: set[str] = field(default_factory=set)  # decision keys that are taken
+    keys: Keys = field(default_factory=Keys)
+    constants: ConstantDecisions = field(init=False)
+    bits: dict[str, NodeBits] = field(init=False)  # node -> its precision
     parents: dict[str, str] = field(default_factory=dict)  # union-find over tied tensors
 
     def __post_init__(self) -> None:
         self.full = self.target.scheme == "full" and self.policy.precision.activation is not None
         self.masked = masked_tensors(self.graph)
+        self.constants = ConstantDecisions(self.keys)
+        self.bits = bits_of_nodes(self.graph, self.policy, self.target)
 
     # ------------------------------------------------------------------ decisions
 
@@ -114,6 +101,7 @@ class _Planner:
             if rule is not None and rule.role == "linear":
                 self._take_linear(node, rule)
         if self.policy.precision.activation is None:
+            self._take_embeddings()
             for node in self.graph.nodes:
                 if id(node) not in self.precision:
                     self.reasons.setdefault(id(node), "weights only: activations stay float")
@@ -128,20 +116,32 @@ class _Planner:
             elif id(node) in self.rules and self.rules[id(node)].skip_input_only:
                 self._take_skip_input(node, self.rules[id(node)])
 
-    def _activation(self, spec: TensorSpec) -> TensorSpec:
-        bits = self.policy.precision.activation
-        return spec if bits is None else with_bits(spec, bits)
+    def _usual(self, spec: TensorSpec | None) -> TensorSpec:
+        """Return a spec for what is not the input of a linear op: at least 8 bits.
+
+        Sums and pools hold what several layers made; only the products gain from fewer bits.
+        """
+        spec, bits = spec or self.target.activation, self.policy.precision.activation
+        return spec if bits is None else with_bits(spec, max(bits, EDGE_BITS))
 
     def _take_linear(self, node: Node, rule: OpRule) -> None:
+        bits = self.bits[node.name]
         because = f"rule {self.target.name}/{node.op}"
+        if bits.reason:
+            because += f"; {bits.reason}"
+            self.reasons[id(node)] = because
         self.precision[id(node)] = "integer"
         weight = node.inputs[1]
-        if isinstance(weight, Constant):
-            self._take_weight(node, weight, rule)
-        if self.policy.precision.activation is None:
-            self.precision[id(node)] = "weights"
-            self.reasons[id(node)] = f"{because}: integer weights, float activations"
+        if bits.precision.activation is None and isinstance(weight, Constant):
+            own = weight_only(node, weight, rule, self.target, self.policy, bits.precision.weight)
+            reason = f"weight of {node.name}"
+            self.constants.add(node, 1, weight, own.spec, "weight", reason, shared=False)
+            self.precision[id(node)] = own.precision
+            self.reasons[id(node)] = f"{because}: {own.because}"
             return
+        if isinstance(weight, Constant):
+            spec = weight_spec(node, weight, rule, self.target, bits.precision.weight)
+            self.constants.add(node, 1, weight, spec, "weight", f"weight of {node.name}")
         if is_dynamic(node, self.policy):
             self.reasons[id(node)] = f"{because}: range of the input at run time"
             return
@@ -158,51 +158,29 @@ class _Planner:
             self.resident[out.name] = f"{because}: output {rule.output}"
             self.axes[out.name] = channel_axis(node)
 
-    def _take_weight(self, node: Node, weight: Constant, rule: OpRule) -> None:
-        assert rule.weight is not None
-        spec, rank = with_bits(rule.weight, self.policy.precision.weight), len(weight.shape)
-        per_channel = spec.granularity == "per_channel" and (rank == 2 or node.op != "MatMul")
-        if node.op == "MatMul" and not self.target.per_channel_matmul:
-            per_channel = False
-        spec = (
-            replace(spec, axis=weight_axis(node, rank))
-            if per_channel
-            else replace(spec, granularity="per_tensor", axis=None)
-        )
-        self._add_constant(node, 1, weight, spec, "weight", f"weight of {node.name}")
-
-    def _add_constant(
-        self,
-        node: Node,
-        index: int,
-        tensor: Constant,
-        spec: TensorSpec,
-        kind: DecisionKind,
-        because: str,
-    ) -> None:
-        edge, known = Edge(node=node.name, index=index), self.constants.get((tensor.name, spec))
-        if known is not None:
-            self.constants[tensor.name, spec] = replace(known, edges=(*(known.edges or ()), edge))
-            return
-        self.constants[tensor.name, spec] = Decision(
-            key=self._free_key(tensor.name),
-            tensor=tensor.name,
-            kind=kind,
-            spec=spec,
-            edges=(edge,),
-            because=because,
-        )
-
-    def _free_key(self, tensor: str) -> str:
-        """Return the tensor's name, with a number when it has a decision already."""
-        key, number = tensor, 1
-        while key in self.keys:
-            key, number = f"{tensor}#{number}", number + 1
-        self.keys.add(key)
-        return key
+    def _take_embeddings(self) -> None:
+        for node in embeddings(self.graph).values():
+            if self.target.weight_rule_for(node.op) is None:
+                continue
+            because = f"rule {self.target.name}/{node.op}"
+            kept, table = self.policy.reason_to_keep(node.name), node.inputs[0]
+            if kept is not None or not np.isfinite(array_of(table)).all():
+                self.reasons[id(node)] = kept or f"{because}: its table holds NaN or infinity"
+                continue
+            bits = self.bits[node.name]
+            own = embedding(node, table, self.target, self.policy, bits.precision.weight)
+            self.constants.add(
+                node, 0, table, own.spec, "weight", f"rows of {node.name}", shared=False
+            )
+            self.precision[id(node)] = own.precision
+            reason = f"; {bits.reason}" if bits.reason else ""
+            self.reasons[id(node)] = f"{because}{reason}: {own.because}"
 
     def _request(self, node: Node, index: int, spec: TensorSpec | None) -> None:
-        tensor, wanted = node.inputs[index], self._activation(spec or self.target.activation)
+        tensor, wanted = node.inputs[index], self._usual(spec)
+        bits = self.bits[node.name].precision.activation
+        if bits is not None and self.rules[id(node)].role == "linear":
+            wanted = with_bits(wanted, bits)
         edge = Edge(node=node.name, index=index)
         self.requests.setdefault((tensor.name, wanted), []).append(edge)
         self.because.setdefault(tensor.name, f"input {index} of {node.name} ({node.op})")
@@ -290,13 +268,13 @@ class _Planner:
         self.precision[id(node)] = "integer" if rule.role == "follow" else "passthrough"
         because = f"rule {self.target.name}/{node.op}"
         self.reasons.setdefault(id(node), because)
-        spec = self._activation(rule.activation or self.target.activation)
+        spec = self._usual(rule.activation)
         tied: list[str] = []
         for index, tensor in data_inputs(node, rule):
             if isinstance(tensor, Constant):
                 constant_spec = replace(spec, granularity="per_tensor", axis=None)
                 reason = f"constant input {index} of {node.name}"
-                self._add_constant(node, index, tensor, constant_spec, "constant", reason)
+                self.constants.add(node, index, tensor, constant_spec, "constant", reason)
                 continue
             tied.append(tensor.name)
             if self.full:
@@ -305,6 +283,8 @@ class _Planner:
             self.resident.setdefault(out.name, because)
             self.axes.setdefault(out.name, self.axes.get(tied[0], 1))
             tied.append(out.name)
+        if rule.role == "follow":
+            self.computed.update(tied)
         if rule.tie:
             for name in tied[1:]:
                 self._tie(tied[0], name)
@@ -348,21 +328,30 @@ class _Planner:
         return Plan(
             target=self.target.name,
             precision=str(self.policy.precision),
-            decisions=(*activations, *self.constants.values()),
+            decisions=(*activations, *self.constants.all()),
             nodes=tuple(self._node_decision(node) for node in self.graph.nodes),
         )
 
     def _resident_specs(self) -> dict[str, TensorSpec]:
         """Return the spec of each resident tensor; tied tensors have one.
 
-        What the readers ask for, and the target's usual kind when they ask for several.
+        The kind is what the readers ask for, and the target's usual one when they ask for several;
+        the width is the widest that a reader wants. Narrower readers get a pair of their own.
         """
-        usual = self._activation(self.target.activation)
+        usual = self._usual(None)
         asked: dict[str, list[TensorSpec]] = {}
         for tensor, spec in self.requests:
             if tensor in self.resident:
                 asked.setdefault(self._find(tensor), []).append(spec)
-        specs = {root: usual if usual in found else found[0] for root, found in asked.items()}
+        computed = {self._find(tensor) for tensor in self.computed}
+        specs: dict[str, TensorSpec] = {}
+        for root, found in asked.items():
+            bits = max(spec.bits for spec in found)
+            if root in computed:
+                bits = max(bits, usual.bits)
+            wide = [with_bits(spec, bits) for spec in found]
+            kind = with_bits(usual, bits)
+            specs[root] = kind if kind in wide else wide[0]
         return {tensor: specs.get(self._find(tensor), usual) for tensor in self.resident}
 
     def _activation_decisions(self) -> Iterator[Decision]:
@@ -378,7 +367,7 @@ class _Planner:
     ) -> Decision:
         tied = edges is None and tensor in self.parents
         return Decision(
-            key=self._free_key(tensor),
+            key=self.keys.free(tensor),
             tensor=tensor,
             kind="activation",
             spec=spec,
@@ -395,6 +384,14 @@ class _Planner:
         rule = f"{self.target.name}/{node.op}" if id(node) in self.rules else ""
         default = f"rule {rule}" if rule else f"target {self.target.name} has no integer {node.op}"
         reason = self.reasons.get(id(node), default)
+        linear = precision in ("weights", "stored") or (
+            bool(rule) and self.rules[id(node)].role == "linear"
+        )
         return NodeDecision(
-            name=node.name, op=node.op, precision=precision, because=reason, rule=rule
+            name=node.name,
+            op=node.op,
+            precision=precision,
+            because=reason,
+            rule=rule,
+            bits=str(self.bits[node.name].precision) if linear else "",
         )

@@ -44,7 +44,7 @@ class Precision:
     @property
     def simulated(self) -> bool:
         """True when the CPU engines compute it in float: they multiply 8-bit integers only."""
-        return self.activation is not None and (self.activation > 8 or self.weight <= 4)
+        return self.activation is not None and (self.activation != 8 or self.weight <= 4)
 
     def __str__(self) -> str:
         return f"w{self.weight}" + ("" if self.activation is None else f"a{self.activation}")
@@ -56,7 +56,11 @@ class Policy:
 
     `keep` are patterns (shell style) of node names that stay float; `float_nodes` are exact names
     with the reason, as verify-and-repair and an edited plan file give them. `ranges` pins the real
-    range of tensors by name.
+    range of tensors by name. `node_bits` gives nodes a precision of their own, by name or pattern;
+    an exact name comes before patterns, an earlier pattern before a later one. `low_bit_edges` lets
+    stem and head go below 8 bits (see `qpass.bits`). `block_size` and `asymmetric_weights` concern
+    weights behind float activations: how many rows share a scale (None: 32 below 8 bits, all rows
+    at 8), and whether a block has a zero point of its own.
     """
 
     precision: Precision
@@ -64,6 +68,19 @@ class Policy:
     keep: tuple[str, ...] = ()
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    node_bits: Mapping[str, Precision] = field(default_factory=dict)
+    low_bit_edges: bool = False
+    block_size: int | None = None
+    asymmetric_weights: bool = False
+
+    def own_bits(self, name: str) -> tuple[Precision, str] | None:
+        """Return the precision that `node_bits` gives node `name`, with the reason, or None."""
+        if name in self.node_bits:
+            return self.node_bits[name], f"{self.node_bits[name]} by choice"
+        for pattern, precision in self.node_bits.items():
+            if fnmatchcase(name, pattern):
+                return precision, f"{precision} by choice: {pattern}"
+        return None
 
     def reason_to_keep(self, name: str) -> str | None:
         """Return why node `name` has to stay float, or None."""

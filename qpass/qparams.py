@@ -27,6 +27,7 @@ Granularity = Literal["per_tensor", "per_channel", "per_block"]
 
 # Smallest scale that is used: below it x / scale overflows float32 for ordinary x.
 MIN_SCALE: Final = 1e-12
+HALF: Final = np.finfo(np.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class TensorSpec:
 
     `bits` may be smaller than the storage type (w3a8 is stored in int4). `narrow_range` drops the
     most negative integer so that a sign flip stays representable. `fixed` pins the real range.
+    `half_scale` rounds the scale to a number that float16 holds, where it is a normal one there.
     """
 
     storage: StorageType
@@ -45,6 +47,7 @@ class TensorSpec:
     block_size: int | None = None
     narrow_range: bool = False
     power_of_two: bool = False
+    half_scale: bool = False
     fixed: tuple[float, float] | None = None
 
     @property
@@ -118,6 +121,9 @@ def choose_qparams(spec: TensorSpec, low: Array | float, high: Array | float) ->
     scale = np.where(scale < MIN_SCALE, 1.0, scale)
     if spec.power_of_two:
         scale = np.exp2(np.ceil(np.log2(scale) - 1e-9))
+    if spec.half_scale:
+        half = np.clip(scale, HALF.tiny, HALF.max).astype(np.float16).astype(np.float64)
+        scale = np.where((scale >= HALF.tiny) & (scale <= HALF.max), half, scale)
     scale32 = scale.astype(np.float32)
     if spec.symmetric:
         middle = 0 if spec.storage.signed else (spec.qmax + 1) // 2

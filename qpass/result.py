@@ -18,7 +18,6 @@ import onnxruntime
 from qpass.calibrate import estimated_sqnr_db, histogram_view
 from qpass.errors import InternalError, RecipeError
 from qpass.modelfile import model_bytes
-from qpass.pipeline import Run
 from qpass.report.model import (
     Cost,
     EngineReport,
@@ -30,6 +29,7 @@ from qpass.report.model import (
     Report,
     TensorHistogram,
 )
+from qpass.run import Run
 from qpass.saturation import saturates
 from qpass.verify import peak_rss_bytes
 from qpass.version import __version__
@@ -42,7 +42,8 @@ OPTIMIZER_LOSS_DB: Final = 3.0
 OPTIMIZER_ENOUGH_DB: Final = 40.0
 # Nodes with integer weights compute in float: the map shows where integers are multiplied.
 MAP_CLASS: Final = {
-    "integer": "integer", "weights": "float", "passthrough": "passthrough", "float": "float",
+    "integer": "integer", "weights": "float", "stored": "float", "passthrough": "passthrough",
+    "float": "float",
 }  # fmt: skip
 QDQ: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -75,20 +76,26 @@ def evaluate_metric(run: Run, path: Path) -> Metric | None:
     """
     if run.options.eval is None:
         return None
-    function = load_callable(run.options.eval, "--eval")
-    name, values = run.options.eval, []
     with run.stages.stage("eval"):
-        for file in (run.source, path):
-            value = function(str(file))
-            if isinstance(value, dict):
-                name, value = next(iter(value.items()))
-            try:
-                values.append(float(value))
-            except (TypeError, ValueError) as error:
-                raise RecipeError(
-                    f"--eval {run.options.eval} returned {value!r}", fix="return one number"
-                ) from error
-    return Metric(name=name, float=values[0], quantized=values[1], drop=values[0] - values[1])
+        (name, before), (_, after) = (
+            score_file(run.options.eval, file) for file in (run.source, path)
+        )
+    return Metric(name=name, float=before, quantized=after, drop=before - after)
+
+
+def score_file(text: str, path: Path) -> tuple[str, float]:
+    """Return name and value of the metric `module:callable` for one file.
+
+    Raises:
+        RecipeError: it cannot be imported, or returns no number.
+    """
+    name, value = text, load_callable(text, "--eval")(str(path))
+    if isinstance(value, dict):
+        name, value = next(iter(value.items()))
+    try:
+        return name, float(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"--eval {text} returned {value!r}", fix="return one number") from error
 
 
 def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
@@ -193,10 +200,26 @@ def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gat
             for n in run.plan.nodes
         ),
         rounds=tuple(run.rounds),
-        notes=(*run.notes, *(f"not verified: {text}" for text in run.failures.values())),
+        runtime_costs=tuple(run.runtime_costs),
+        notes=(
+            *run.notes,
+            *_added(run),
+            *(f"not verified: {text}" for text in run.failures.values()),
+        ),
+        mixed=run.mixed,
         options=asdict(run.options),
         versions=versions(),
     )
+
+
+def _added(run: Run) -> tuple[str, ...]:
+    """Say which corrections run as nodes."""
+    if run.compensation is None:
+        return ()
+    if run.options.allow_runtime_ops and run.target.scheme == "full":
+        reason = f"{run.target.name} wants every op between Q and DQ"
+        return (f"nothing was added at run time: {reason}",)
+    return tuple(f"added at run time: {text}" for text in run.compensation.runtime_ops)
 
 
 def _histograms(run: Run) -> tuple[TensorHistogram, ...]:

@@ -14,11 +14,14 @@ from qpass.choose import QTable
 from qpass.errors import ModelError, RecipeError
 from qpass.graph import Constant, Graph
 from qpass.modelfile import save_model
-from qpass.pipeline import Run, metadata_of, quantize
+from qpass.passes.compensate_blocks import BlockCompensation
+from qpass.passes.compensation import Compensation
+from qpass.pipeline import quantize
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.report.model import EngineReport, PassReport
+from qpass.run import Run, metadata_of
 from qpass.verify import available_engines, profile_ort, read_back
 from qpass.verify.check import Reference, check_engine
 from qpass.verify.engines import EngineError, EngineName
@@ -32,6 +35,7 @@ from qpass.verify.repair import (
     repair_slow,
     worth_repairing,
 )
+from qpass.verify.session import entries_for
 from qpass.verify.trace import trace
 
 TIMING_SECONDS: Final = 0.6  # per engine
@@ -63,7 +67,10 @@ class _State:
     policy: Policy
     plan: Plan | None
     qtable: QTable | None
+    plain: Graph | None
     quantized: Graph | None
+    compensation: Compensation | None
+    block_compensation: BlockCompensation | None
     passes: list[PassReport]
     engines: list[EngineReport]
 
@@ -73,14 +80,19 @@ class _State:
             policy=run.policy,
             plan=run.plan,
             qtable=run.qtable,
+            plain=run.plain,
             quantized=run.quantized,
+            compensation=run.compensation,
+            block_compensation=run.block_compensation,
             passes=run.passes,
             engines=run.engines,
         )
 
     def restore(self, run: Run) -> None:
         run.policy, run.plan, run.qtable = self.policy, self.plan, self.qtable
-        run.quantized, run.passes, run.engines = self.quantized, self.passes, self.engines
+        run.plain, run.quantized = self.plain, self.quantized
+        run.compensation, run.block_compensation = self.compensation, self.block_compensation
+        run.passes, run.engines = self.passes, self.engines
 
 
 def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -> None:
@@ -161,7 +173,9 @@ def _check_all(
 ) -> tuple[list[EngineReport], dict[str, str]]:
     reports: list[EngineReport] = []
     failures: dict[str, str] = {}
-    config = session_entries(run.target)
+    assert run.plan is not None
+    own = entries_for(run.plan, run.target, run.options.accuracy_level)
+    config = {**session_entries(run.target), **own}
     for engine in engines:
         try:
             reports.append(
@@ -226,7 +240,7 @@ def _slower_nodes(
     assert run.plan is not None
     rows = [
         (name, plain[name], integer[name])
-        for name in run.plan.integer_nodes()
+        for name in run.plan.engine_nodes()
         if integer.get(name, 0.0) > plain.get(name, float("inf"))
     ]
     return sorted(rows, key=lambda row: row[1] - row[2])

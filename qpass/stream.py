@@ -82,6 +82,7 @@ class Stream:
         threads: int | None = None,
         stage: str = "stream",
         progress: Progress | None = None,
+        units: Sequence[Unit] | None = None,
     ) -> None:
         """Prepare the walk; nothing runs before the first step.
 
@@ -94,6 +95,7 @@ class Stream:
             threads: threads of each session, None for onnxruntime's choice.
             stage: name of the stage for `progress`.
             progress: told after each unit (stage, units done, units in all).
+            units: slices of `reference` to walk; by default those that end in its linear ops.
 
         Raises:
             PreconditionError: there are no batches.
@@ -101,7 +103,7 @@ class Stream:
         if not batches:
             raise PreconditionError("streaming needs at least one batch")
         self.reference, self.quantized, self.batches = reference, quantized, batches
-        self.units = split_into_units(reference)
+        self.units = split_into_units(reference) if units is None else tuple(units)
         self._optimize, self._threads = optimize, threads
         self._stage, self._progress = stage, progress
         self._folder = tempfile.TemporaryDirectory(prefix="qpass-stream-")
@@ -198,8 +200,11 @@ class Step:
             PreconditionError: the unit has no linear op, or has been run already.
         """
         tap, stream = self.unit.tap, self._stream
-        if tap is None or self._float_done:
-            raise PreconditionError("a unit gives the outputs of its linear op once")
+        if tap is None:
+            raise PreconditionError("the unit has no linear op")
+        if self._float_done:
+            yield from self._taps_again(tap, quantized_tap or tap, local=local, also=also)
+            return
         float_names = [pair.float_name for pair in also]
         quantized_names = [pair.quantized_name for pair in also]
         quantized_tap = quantized_tap or tap
@@ -230,6 +235,46 @@ class Step:
                 ),
             )
         self._float_done = True
+
+    def _taps_again(
+        self, tap: str, quantized_tap: str, *, local: bool, also: Sequence[Pair]
+    ) -> Iterator[Tap]:
+        stream = self._stream
+        session = stream.session(stream.reference, "quantized", [tap]) if local else None
+        pairs = [Pair(float_name=tap, quantized_name=quantized_tap), *also]
+        for batch, ((floating, quantized), *others) in enumerate(self.look(pairs)):
+            alive = stream.feeds("quantized", batch)
+            yield Tap(
+                batch=batch,
+                float=floating,
+                quantized=quantized,
+                local=None if session is None else session.run(alive)[tap],
+                also=tuple(others),
+            )
+
+    def look(self, pairs: Sequence[Pair]) -> Iterator[tuple[tuple[Array, Array], ...]]:
+        """Yield, batch by batch, tensors of the unit as (float, quantized), one for each pair.
+
+        Runs what makes them and nothing else, as the constants are now; may be called at any time
+        and again. Tensors behind the linear op cost its run.
+        """
+        stream = self._stream
+        sides: list[tuple[Side, list[str], Submodel | None]] = []
+        wanted: tuple[tuple[Side, Graph, list[str]], ...] = (
+            ("float", stream.reference, [pair.float_name for pair in pairs]),
+            ("quantized", stream.quantized, [pair.quantized_name for pair in pairs]),
+        )
+        for side, graph, names in wanted:
+            made = _distinct(*(name for name in names if name not in stream.feeds(side, 0)))
+            session = stream.session(graph, side, made) if made else None
+            sides.append((side, names, session))
+        for batch in range(len(stream.batches)):
+            found = []
+            for side, names, session in sides:
+                alive = stream.feeds(side, batch)
+                results = {} if session is None else session.run(alive)
+                found.append([results[n] if n in results else alive[n] for n in names])
+            yield tuple(zip(*found, strict=True))
 
     def _float_session(self, *taps: str) -> Submodel:
         alive = self._stream.feeds("float", 0)

@@ -13,12 +13,20 @@ from onnx import helper, numpy_helper
 
 from qpass.errors import InternalError
 from qpass.graph import Constant, Graph, Node, array_of
-from qpass.saturation import make_exact
+from qpass.saturation import saturates
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 
 _ERRORS_ONLY: Final = 3  # onnxruntime's log level
+# Where integer products saturate, Q, DQ and the ops between them run one by one, in float, which is
+# what the file says. The exact integer kernels of `qpass.saturation` will not do: version 1.31
+# fails to make them where weights have no zero points or share them.
+_QDQ_IN_FLOAT: Final = ("session.disable_quant_qdq", "1")
+# With static shapes it turns an integer MatMul in front of a float Add into a float Gemm, and
+# where the activations are signed version 1.31 then refuses the Q in front ("output_dtype INT8
+# does not match y_zero_point type UINT8"). Results rewrite such biases, see `lower`.
+SKIPPED_OPTIMIZERS: Final = ["MatMulAddFusion"]
 
 
 def slice_nodes(
@@ -104,13 +112,17 @@ class Submodel:
         options.log_severity_level = _ERRORS_ONLY
         # Runs are short and many: threads that wait in a loop take the time of those that work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        make_exact(options)
+        if saturates():
+            options.add_session_config_entry(*_QDQ_IN_FLOAT)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=SKIPPED_OPTIMIZERS,
         )
 
     def run(self, feeds: Feeds) -> dict[str, Array]:

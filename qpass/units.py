@@ -7,6 +7,7 @@ single entry or exit is needed, so skips, U-Nets and graphs with several heads a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from qpass.graph import LINEAR_OPS, Constant, Graph, Node
@@ -16,8 +17,9 @@ from qpass.graph import LINEAR_OPS, Constant, Graph, Node
 class Unit:
     """One slice of the execution order.
 
-    `linear` names the op that ends the unit and `tap` its output; both are None in a graph without
-    linear ops. `inputs` and `outputs` are names of tensors, of inputs of the graph too.
+    `linear` names the linear op that ends the unit and `tap` its output; both are None in a graph
+    without linear ops. Units that end elsewhere by choice have a `tap` and no `linear`. `inputs`
+    and `outputs` are names of tensors, of inputs of the graph too.
     """
 
     linear: str | None
@@ -38,12 +40,18 @@ def is_weighted(node: Node) -> bool:
     )
 
 
-def split_into_units(graph: Graph) -> tuple[Unit, ...]:
-    """Return the units of `graph` in execution order; the graph is not changed."""
+def split_into_units(graph: Graph, ends: Collection[str] | None = None) -> tuple[Unit, ...]:
+    """Return the units of `graph` in execution order; the graph is not changed.
+
+    Args:
+        graph: a float graph.
+        ends: names of the nodes that end a unit, whose first output is its tap, instead of the
+            linear ops.
+    """
     slices: list[list[Node]] = [[]]
     for node in graph.nodes:
         slices[-1].append(node)
-        if is_weighted(node):
+        if is_weighted(node) if ends is None else node.name in ends:
             slices.append([])
     tail = slices.pop()
     if slices:
@@ -56,7 +64,7 @@ def split_into_units(graph: Graph) -> tuple[Unit, ...]:
         for node in nodes:
             for name in reads(node):
                 last_use[name] = max(last_use.get(name, 0), number)
-    return tuple(_unit(nodes, number, last_use) for number, nodes in enumerate(slices))
+    return tuple(_unit(nodes, number, last_use, ends) for number, nodes in enumerate(slices))
 
 
 def reads(node: Node) -> list[str]:
@@ -66,14 +74,17 @@ def reads(node: Node) -> list[str]:
     ]
 
 
-def _unit(nodes: list[Node], number: int, last_use: dict[str, int]) -> Unit:
+def _unit(
+    nodes: list[Node], number: int, last_use: dict[str, int], ends: Collection[str] | None
+) -> Unit:
     made = [tensor.name for node in nodes for tensor in node.outputs if tensor.name]
     inside = set(made)
     read = dict.fromkeys(name for node in nodes for name in reads(node))
     linear = next((node for node in nodes if is_weighted(node)), None)
+    end = linear if ends is None else next((node for node in nodes if node.name in ends), None)
     return Unit(
-        linear=None if linear is None else linear.name,
-        tap=None if linear is None else linear.outputs[0].name,
+        linear=None if ends is not None or linear is None else linear.name,
+        tap=None if end is None else end.outputs[0].name,
         inputs=tuple(name for name in read if name not in inside),
         outputs=tuple(name for name in made if last_use.get(name, -1) > number),
         nodes=len(nodes),

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qpass.choose import QTable
+from qpass.choose import QTable, weight_range
 from qpass.graph import Graph, array_of
 from qpass.plan import Decision, Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy, Precision
-from qpass.qparams import QParams, channel_range, choose_qparams
+from qpass.qparams import QParams, choose_qparams
 from qpass.quantize import build_quantized
 from qpass.targets.schema import Target
 
@@ -175,7 +175,7 @@ def minmax(graph: Graph, plan: Plan, feeds: Sequence[Feeds]) -> QTable:
 
     def numbers(decision: Decision) -> QParams:
         if decision.kind != "activation":
-            low, high = channel_range(array_of(tensors[decision.tensor]), decision.spec.axis)
+            low, high = weight_range(array_of(tensors[decision.tensor]), decision.spec)
             return choose_qparams(decision.spec, low, high)
         found = ranges[decision.group or f"alone: {decision.tensor}"]
         return choose_qparams(decision.spec, min(r[0] for r in found), max(r[1] for r in found))

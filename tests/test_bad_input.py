@@ -213,7 +213,6 @@ def test_models_that_share_no_layer(tmp_path: Path) -> None:
         ["optimize", "m.onnx", "--data", "none.npz", "--report", "out"],
         ["optimize", "m.onnx", "--data", "random", "--report", "m.onnx"],
         ["optimize", "none.onnx", "--data", "random"],
-        ["optimize", "m.onnx", "--data", "random", "--equalize"],
         ["optimize", "m.onnx", "--data", "random", "--target", "npu"],
         ["calibrate", "m.onnx", "--data", "random", "-o", "nowhere/s.npz"],
         ["calibrate", "m.onnx", "--data", "random", "-o", "s.npz", "--shard", "2/2"],

@@ -18,8 +18,8 @@ from qpass.choose import (
 )
 from qpass.dtypes import storage_for
 from qpass.errors import InternalError
+from qpass.evidence import taps_of
 from qpass.graph import Graph
-from qpass.pipeline import taps_of
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy, Precision
@@ -160,6 +160,26 @@ def test_searched_weight_range_is_never_worse_and_clips_outliers() -> None:
     assert (errors(*searched) <= errors(*plain) * (1 + 1e-6)).all()
     assert errors(*searched)[0] < errors(*plain)[0]
     assert searched[1][0] < 9.0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_block_gets_the_range_of_its_own_search(axis: int) -> None:
+    """Blocks of five along an axis of twelve: the last one is short; each is searched alone."""
+    spec = TensorSpec(
+        storage=storage_for(4, signed=False), bits=4, symmetric=False, granularity="per_block",
+        axis=axis, block_size=5,
+    )  # fmt: skip
+    values = np.random.default_rng(0).standard_normal((12, 12)) ** 3
+    low, high = solve_weight_range(values, spec)
+    plain_low, plain_high = weight_range(values, spec)
+    assert low.shape == high.shape == plain_low.shape
+    assert (high < plain_high).any()
+    lines, lows, highs = (values, low, high) if axis else (values.T, low.T, high.T)
+    alone = replace(spec, granularity="per_tensor", axis=None, block_size=None)
+    for line, line_lows, line_highs in zip(lines, lows, highs, strict=True):
+        for number, start in enumerate(range(0, 12, 5)):
+            one_low, one_high = solve_weight_range(line[start : start + 5], alone)
+            np.testing.assert_allclose((line_lows[number], line_highs[number]), (one_low, one_high))
 
 
 def fire(low: float, high: float) -> Graph:

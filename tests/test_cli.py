@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from qpass.cli import main
 from qpass.targets import TARGETS
 from qpass.version import __version__
-from tests.jobs import CNN, DIGITS, ROOT, normal, saved, small_model
+from tests.jobs import CNN, DIGITS, ROOT, VIT, normal, saved, small_model
 
 FAST = ("--engine", "ort", "--calibrate", "minmax")
 
@@ -189,3 +189,31 @@ def test_version_and_help() -> None:
 @pytest.mark.parametrize("text", ["", "optimize", "optimise m", "optimize m --activations x"])
 def test_usage_errors_are_exit_code_2(text: str) -> None:
     assert qpass(*text.split()).exit_code == 2
+
+
+def test_options_of_low_bits(tmp_path: Path) -> None:
+    """What the command line says reaches the plan."""
+    path = tmp_path / "plan.json"
+    common = ("plan", VIT, "--precision", "w4")
+    blocks = ("--block-size", 64, "--asymmetric-weights", "--bits", "node_MatMul_4?=w8")
+    assert qpass(*common, *blocks, "-o", path).exit_code == 0
+    plan = json.loads(path.read_text())
+    bits = {n["name"]: n["bits"] for n in plan["nodes"] if n["bits"]}
+    assert bits["node_MatMul_44"] == "w8"
+    assert bits["node_MatMul_50"] == "w4"
+    assert "u4 asymmetric per_block(0,64)" in {t["spec"] for t in plan["tensors"]}
+    result = qpass(*common, "--bits", "none*=w8")
+    assert result.exit_code == 2
+    assert "matches no Conv" in result.stderr
+    assert qpass("optimize", VIT, "--mixed").exit_code == 2
+    assert qpass("optimize", VIT, "--block-size", 20).exit_code == 2
+
+
+def test_activation_scales_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    result = qpass(
+        "optimize", VIT, "--data", DIGITS, "--activation-scales", "no.json",
+        "-o", tmp_path / "q.onnx", *FAST,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "cannot read the scales" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -12,13 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from qpass.dtypes import UINT4
 from qpass.errors import InternalError, ModelError
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.passes import insert_qdq as module
 from qpass.passes.insert_qdq import insert_qdq, quantize_in_chunks
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
-from qpass.qparams import QParams, channel_range, choose_qparams, dequantize, quantize
+from qpass.qparams import (
+    QParams,
+    channel_range,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 from qpass.targets import TARGETS, Target
 from qpass.targets.specs import S8_SYMMETRIC, S8_WEIGHT, S8_WEIGHT_PER_TENSOR, U8
 from tests.small_models import feeds_of, from_text, minmax, policy_of, residual_cnn, run
@@ -35,9 +43,11 @@ def cnn(body: str, outputs: str = "float[1,16,8,8] y", **constants: Any) -> Grap
     return from_text(text, **{k: np.asarray(v) for k, v in kernels.items() if k in body})
 
 
-def inserted(graph: Graph, name: str = "ort-x86", precision: str = "w8a8") -> tuple[Graph, Plan]:
+def inserted(
+    graph: Graph, name: str = "ort-x86", precision: str = "w8a8", **options: Any
+) -> tuple[Graph, Plan]:
     """A copy of `graph` with every pair in it and min/max numbers of one sample."""
-    plan = make_plan(graph, TARGETS[name], policy_of(precision))
+    plan = make_plan(graph, TARGETS[name], policy_of(precision, **options))
     table = minmax(graph, plan, feeds_of(graph, 1))
     result = graph.copy()
     report = insert_qdq(result, plan, table.qparams)
@@ -205,7 +215,7 @@ def test_the_axis_is_always_written(op: str, axis: int) -> None:
 
 
 def test_small_weights_of_4_bits_are_packed() -> None:
-    graph, _ = inserted(cnn("y = Conv (x, w)"), precision="w4a8")
+    graph, _ = inserted(cnn("y = Conv (x, w)"), precision="w4a8", low_bit_edges=True)
     (packed,) = (t for t in graph.to_model().graph.initializer if t.name == "w_quantized")
     assert packed.data_type == onnx.TensorProto.INT4
     assert len(packed.raw_data) == KERNEL.size // 2
@@ -299,3 +309,48 @@ def test_any_graph_stays_valid_and_keeps_its_interface(graph: Graph, name: str) 
             assert [n.op for n in node.outputs[0].outputs] == ["DequantizeLinear"]
         if node.op == "DequantizeLinear" and isinstance(node.inputs[0], Constant):
             assert len(node.outputs[0].outputs) == 1
+
+
+@pytest.mark.parametrize("precision", ["w8a6", "w4a3", "w8a8", "w4a4", "w8a16"])
+def test_activations_saturate_at_their_own_bits(precision: str) -> None:
+    """A type may hold more integers than are wanted: 6 bits lie in a byte, 3 in four bits."""
+    source = cnn("c = Conv (x, w) y = Sigmoid (c)")
+    plan = make_plan(source, TARGETS["ort-x86"], policy_of(precision, low_bit_edges=True))
+    (decision,) = (d for d in plan.activations() if d.tensor == "x")
+    bits = decision.spec.bits
+    table = minmax(source, plan, feeds_of(source, 1)).qparams
+    low, high = -0.5, 1.0  # most of the values lie outside
+    table = {**table, decision.key: choose_qparams(decision.spec, low, high)}
+    graph = source.copy()
+    insert_qdq(graph, plan, table)
+    assert ("Clip" in {n.op for n in graph.nodes}) == (bits not in (4, 8, 16))
+    feeds = feeds_of(source, 1)[0]
+    got = run(graph.to_model(taps=["x_dequantized"]), feeds)["x_dequantized"]
+    np.testing.assert_allclose(got, fake_quantize(feeds["x"], table[decision.key]), atol=1e-6)
+    assert len(np.unique(got)) <= 2**bits
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_large_weights_with_blocks_are_quantized_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, axis: int
+) -> None:
+    values = RANDOM.normal(0, 1, (100, 96)).astype(np.float32)
+    blocks = [100, 96]
+    blocks[axis] = -(-blocks[axis] // 16)
+    random = np.random.default_rng(1)
+    numbers = QParams(
+        scale=random.uniform(0.1, 0.3, blocks).astype(np.float32),
+        zero_point=random.integers(0, 16, blocks).astype(UINT4.numpy),
+        storage=UINT4,
+        qmin=0,
+        qmax=15,
+        axis=axis,
+        block_size=16,
+    )
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2000)
+    graph = from_text(
+        f"{HEAD} g (float[2,100] x) => (float[2,96] y) {{ y = MatMul (x, w) }}", w=values
+    )
+    constant = next(t for t in graph.constants() if t.name == "w")
+    found = quantize_in_chunks(constant, numbers)
+    np.testing.assert_array_equal(found.astype(int), quantize(values, numbers).astype(int))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 DATA = ROOT / "tests" / "data"
 
-SHIPPED = ("digits_cnn.onnx", "digits_vit.onnx")
+SHIPPED = ("digits_cnn.onnx", "digits_vit.onnx", "digits_vit_un.onnx")
 TINY = ("tiny_legacy.onnx", "tiny_dynamo.onnx")
 ALL = [*(MODELS / name for name in SHIPPED), *(DATA / name for name in TINY)]
 ROW = re.compile(r"^\| `(\S+\.onnx)` \| ([\d.]+)% \| (\d+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
@@ -118,6 +118,13 @@ def test_shipped_models_keep_the_structures_they_are_there_for() -> None:
     assert vit["MatMul"] == 24
     assert vit["Softmax"] == vit["Gelu"] == 4
     assert vit["LayerNormalization"] == 9
+    twin = ops(MODELS / "digits_vit_un.onnx")
+    assert twin["LayerNormalization"] == 0
+    assert twin["Mul"] == vit["Mul"] + 9
+    assert twin["Add"] == vit["Add"] + 9
+    assert {op: twin[op] for op in ("MatMul", "Softmax", "Gelu")} == {
+        op: vit[op] for op in ("MatMul", "Softmax", "Gelu")
+    }
 
 
 def test_tiny_exports_are_small_and_spelled_differently() -> None:

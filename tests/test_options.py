@@ -33,7 +33,7 @@ def test_bytes_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "weight", "activation", "simulated"),
     [("w8a8", 8, 8, False), ("w8", 8, None, False), ("w4", 4, None, False), ("w4a8", 4, 8, True),
-     ("w8a16", 8, 16, True), ("w6a6", 6, 6, False), ("w2a2", 2, 2, True)],
+     ("w8a16", 8, 16, True), ("w6a6", 6, 6, True), ("w6a8", 6, 8, False), ("w2a2", 2, 2, True)],
 )  # fmt: skip
 def test_precision(text: str, weight: int, activation: int | None, simulated: bool) -> None:
     found = Precision.parse(text)
@@ -114,9 +114,18 @@ def test_every_option_can_stand_in_a_recipe(tmp_path: Path) -> None:
     for field in dataclasses.fields(Options):
         value = field.default
         if value is None:
-            value = {"min_sqnr": 1.0, "max_drop": 1.0, "min_speedup": 1.0}.get(field.name, "a:b")
+            value = {
+                "min_sqnr": 1.0,
+                "max_drop": 1.0,
+                "min_speedup": 1.0,
+                "block_size": 32,
+                "static_norm": 0.98,
+                "activation_scales": "",
+            }.get(field.name, "a:b")
         shown = list(value) if isinstance(value, tuple) else value
-        lines.append(f"{field.name} = {str(shown).lower() if shown is True else repr(shown)}")
+        lines.append(
+            f"{field.name} = {str(shown).lower() if isinstance(shown, bool) else repr(shown)}"
+        )
     path = tmp_path / "all.toml"
     path.write_text("\n".join(lines))
     assert read_recipe(path).keys() == {field.name for field in dataclasses.fields(Options)}

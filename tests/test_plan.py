@@ -55,21 +55,28 @@ def test_plans_are_deterministic(graph: Graph, name: str) -> None:
         assert all(d.because for d in first.decisions)
 
 
+@pytest.mark.parametrize("precision", ["w8a8", "w4a4"])
 @pytest.mark.parametrize("name", sorted(TARGETS))
-def test_a_plan_file_gives_the_same_plan_again(tmp_path: Path, name: str) -> None:
+def test_a_plan_file_gives_the_same_plan_again(tmp_path: Path, name: str, precision: str) -> None:
     for graph in small_graphs():
-        plan = planned(
-            graph, TARGETS[name], ranges={"x": (-1.0, 2.0)} if "x" in graph.tensors() else {}
-        )
+        ranges = {"x": (-1.0, 2.0)} if "x" in graph.tensors() else {}
+        plan = planned(graph, TARGETS[name], precision, ranges=ranges)
         path = tmp_path / "plan.json"
         path.write_text(plan.to_json())
         back = read_plan(path)
-        assert (back.target, back.precision) == (name, "w8a8")
+        assert (back.target, back.precision) == (name, precision)
         assert back.node_names == {n.name for n in plan.nodes}
-        again = planned(graph, TARGETS[name], float_nodes=back.float_nodes, ranges=back.ranges)
+        again = planned(
+            graph,
+            TARGETS[name],
+            precision,
+            float_nodes=back.float_nodes,
+            ranges=back.ranges,
+            node_bits=back.node_bits,
+        )
         assert again.decisions == plan.decisions
-        assert [(n.precision, n.because) for n in again.nodes] == [
-            (n.precision, n.because) for n in plan.nodes
+        assert [(n.precision, n.bits, n.because) for n in again.nodes] == [
+            (n.precision, n.bits, n.because) for n in plan.nodes
         ]
 
 

@@ -272,7 +272,7 @@ def test_full_scheme_skips_ops_without_a_rule() -> None:
 
 
 def test_bits_choose_the_storage() -> None:
-    plan = planned(cnn("c = Conv (x, w) y = Sigmoid (c)"), precision="w4a16")
+    plan = planned(cnn("c = Conv (x, w) y = Sigmoid (c)"), precision="w4a16", low_bit_edges=True)
     assert decision(plan, "w").spec.storage.name == "int4"
     assert decision(plan, "x").spec.storage.name == "uint16"
 

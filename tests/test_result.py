@@ -11,9 +11,9 @@ import pytest
 
 from qpass.api import make_options
 from qpass.errors import InternalError, RecipeError
-from qpass.pipeline import Run, start
 from qpass.report.model import EngineReport, FloatOp, Metric
 from qpass.result import build_report, gates_of, load_callable, versions
+from qpass.run import Run, start
 from tests.jobs import normal, optimize, saved, small_model
 
 GOOD = EngineReport(

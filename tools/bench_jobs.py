@@ -292,18 +292,19 @@ def _latency(job: Job) -> Result:
 
 # ---------------------------------------------------------------------------------- calibrate
 def _calibrate(job: Job) -> Result:
-    from qpass import pipeline
+    from qpass import evidence, pipeline
     from qpass.api import make_options
     from qpass.calibrate import collect
+    from qpass.run import start
 
     samples, batch = _samples(job), int(job["batch"])
     own = {"batch_size": batch, "holdout": 0.0, "samples": len(samples)}
     options = make_options(target=job["target"], **{**job["options"], **own})
-    run = pipeline.start(Path(job["model"]), options)
+    run = start(Path(job["model"]), options)
     graph = pipeline.prepare(run)
     assert run.plan is not None
-    taps = pipeline.taps_of(graph, run.plan)
-    opened, _ = pipeline.open_data(run, samples)
+    taps = evidence.taps_of(graph, run.plan)
+    opened, _ = evidence.open_data(run, samples)
     model = graph.to_model()
 
     def statistics_seconds() -> float:
@@ -355,16 +356,17 @@ def _command(job: Job) -> Result:
 
 
 def _rewrite(job: Job) -> Result:
-    from qpass import pipeline
+    from qpass import evidence, pipeline
     from qpass.api import make_options
+    from qpass.run import start
 
-    run = pipeline.start(Path(job["model"]), make_options(samples=1, holdout=0.0, batch_size=1))
+    run = start(Path(job["model"]), make_options(samples=1, holdout=0.0, batch_size=1))
     start = time.perf_counter()
     graph = pipeline.prepare(run)
     planned = time.perf_counter() - start
-    samples, _ = pipeline.open_data(run, "random")
+    samples, _ = evidence.open_data(run, "random")
     start = time.perf_counter()
-    pipeline.calibrate(run, samples)
+    evidence.calibrate(run, samples)
     calibrated = time.perf_counter() - start
     start = time.perf_counter()
     pipeline.quantize(run)

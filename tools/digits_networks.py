@@ -1,13 +1,16 @@
-"""The two networks behind the shipped models: a residual CNN and a pre-LayerNorm transformer.
+"""The networks behind the shipped models: a residual CNN and a pre-norm vision transformer.
 
-They are small, but each holds the structures that quantization has to cope with: residual sums,
-BatchNorm, a depthwise convolution, ReLU6; LayerNorm, GELU, attention of activation by activation.
+The norm of the transformer is an argument, so that twins differ in nothing else. They are small,
+but each holds the structures that quantization has to cope with: residual sums, BatchNorm, a
+depthwise convolution, ReLU6; LayerNorm, GELU, attention of activation by activation.
 """
 
 # mypy: disallow-subclassing-any=False
 # (torch is untyped to mypy here, see pyproject.toml, so nn.Module counts as Any.)
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -103,16 +106,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block."""
+    """A pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        """Build attention and a perceptron of twice the width."""
+    def __init__(
+        self, width: int, heads: int, *, expansion: int, norm: Callable[[int], nn.Module]
+    ) -> None:
+        """Build attention and a perceptron of `expansion` times the width."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = norm(width)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = norm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,21 +127,39 @@ class Block(nn.Module):
         return y
 
 
-class DigitsViT(nn.Module):
-    """Patches of 2x2 (16 tokens), a class token, four blocks, a linear classifier."""
+class VisionTransformer(nn.Module):
+    """Patches, a class token, blocks, a linear classifier; the defaults are those for digits.
 
-    def __init__(self, *, width: int = 64, heads: int = 4, depth: int = 4) -> None:
+    Digits: patches of 2x2 of an 8x8 image, 16 tokens and the class token, four blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int = 8,
+        patch: int = 2,
+        colours: int = 1,
+        width: int = 64,
+        heads: int = 4,
+        depth: int = 4,
+        expansion: int = 2,
+        classes: int = CLASSES,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
         """Build the network; tokens and positions start small and random."""
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        tokens = (size // patch) ** 2 + 1
+        self.patches = nn.Conv2d(colours, width, patch, stride=patch)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, 17, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, CLASSES)
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, expansion=expansion, norm=norm) for _ in range(depth))
+        )
+        self.norm = norm(width)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Map (batch, 1, 8, 8) to logits (batch, 10)."""
+        """Map (batch, colours, size, size) to logits (batch, classes)."""
         patches = self.patches(image).flatten(2).transpose(1, 2)
         class_token = self.class_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([class_token, patches], dim=1) + self.position

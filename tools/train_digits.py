@@ -1,6 +1,6 @@
 """Train and export the small models of `models/` on the 8x8 digits that scikit-learn carries.
 
-    python tools/train_digits.py cnn|vit|all --out models
+    python tools/train_digits.py cnn|vit|vit_un|all --out models
 
 writes `digits_<name>.onnx`, `digits_calibration.npz` and `digits_test.npz`, and prints the row of
 `models/README.md` for each model. Everything is seeded and runs on one thread: on one machine the
@@ -22,10 +22,13 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
-from digits_networks import DigitsCNN, DigitsViT
+from digits_networks import DigitsCNN, VisionTransformer
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import nn
 from torch_export import export_dynamo, export_legacy, save
+from train_loop import Recipe, fit
+
+from qpass.torch import UnifiedNorm
 
 SEED = 20240
 CALIBRATION, TEST = 128, 449  # samples; the other 1220 of the 1797 are for training
@@ -51,8 +54,16 @@ class Job:
 
     build: Callable[[], nn.Module]
     export: Callable[[nn.Module, torch.Tensor], onnx.ModelProto]
-    epochs: int
-    learning_rate: float
+    recipe: Recipe
+
+
+VIT_RECIPE = Recipe(epochs=100, batch=BATCH, learning_rate=1e-3)
+WARMUP = 200  # a tenth of the 2,000 iterations; the paper's 4,000 are for 100,000 and more
+
+
+def unified_norm(channels: int) -> nn.Module:
+    """Return the norm of `digits_vit_un`."""
+    return UnifiedNorm(channels, warmup=WARMUP, filtration=True)
 
 
 JOBS: dict[str, Job] = {
@@ -61,16 +72,21 @@ JOBS: dict[str, Job] = {
         export=lambda module, sample: export_legacy(
             module, sample, input_name=INPUT, output_name=OUTPUT, opset=17
         ),
-        epochs=20,
-        learning_rate=4e-3,
+        recipe=Recipe(epochs=20, batch=BATCH, learning_rate=4e-3),
     ),
     "vit": Job(
-        build=DigitsViT,
+        build=VisionTransformer,
         export=lambda module, sample: export_dynamo(
             module, sample, input_name=INPUT, output_name=OUTPUT
         ),
-        epochs=100,
-        learning_rate=1e-3,
+        recipe=VIT_RECIPE,
+    ),
+    "vit_un": Job(
+        build=lambda: VisionTransformer(norm=unified_norm),
+        export=lambda module, sample: export_dynamo(
+            module, sample, input_name=INPUT, output_name=OUTPUT
+        ),
+        recipe=VIT_RECIPE,
     ),
 }
 
@@ -97,24 +113,10 @@ def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[torch.arange(count)[:, None, None], 0, rows, columns][:, None]
 
 
-def train(job: Job, split: Split) -> nn.Module:
-    """Train with AdamW on a one-cycle schedule; return the module in evaluation mode."""
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    module = job.build()
+def train(job: Job, split: Split, *, seed: int = SEED) -> nn.Module:
+    """Train a model of `JOBS`; return the module in evaluation mode."""
     images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=job.learning_rate, weight_decay=0.05)
-    steps = job.epochs * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, job.learning_rate, total_steps=steps)
-    for _ in range(job.epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(BATCH):
-            logits = module(shifted(images[batch], generator))
-            loss = nn.functional.cross_entropy(logits, labels[batch], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return module.eval()
+    return fit(job.build, images, labels, job.recipe, seed=seed, augment=shifted)[0]
 
 
 def measure_accuracy(path: Path, split: Split) -> float:

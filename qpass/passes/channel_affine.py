@@ -5,9 +5,9 @@ With ``a`` the quantized and ``t`` the wanted output of one channel, least squar
     gain = (cov(a, t) + p) / (var(a) + p)        offset = mean(t) - gain * mean(a)
 
 where the prior ``p = ridge * mean over channels of var(a)`` pulls the gain of channels that hardly
-vary towards 1. A held-out part of the samples then decides, channel by channel, between gain and
-offset, the offset alone (gain 1) and nothing: on the samples of the fit an improvement is certain
-and means nothing.
+vary towards 1. With moments of several groups of samples the fit also knows how sure it is of each
+number, and `solve_shrunk` draws what is unsure towards what the channels have in common: a gain
+towards the gain of the others, a shift of the mean towards none.
 
 The sums are taken about the mean of each chunk and merged with the formula of Chan, Golub and
 LeVeque (1979), so that a large mean costs no digits. Everything is float64.
@@ -17,22 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qpass.errors import InternalError
+from qpass.passes.shrink import shrink
 
 Array = NDArray[Any]
 GainKind = Literal["channel", "tensor", "none"]
+FitKind = Literal["ls", "mm"]
 
 # Channels with less than this share of the mean variance are constant: only an offset makes sense.
 DEAD_SHARE: Final = 1e-8
 # Elements per chunk: two float64 copies of it stay in the cache of a core.
 CHUNK: Final = 1 << 15
-# Parts in turn left out of the fit to judge by.
-FOLDS: Final = 4
+CLIP: Final = (0.5, 2.0)  # smallest and largest gain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,10 @@ class PairMoments:
     def _of_chunk(cls, a: Array, t: Array) -> PairMoments:
         a, t = a.astype(np.float64), t.astype(np.float64)
         count = a.shape[0] * a.shape[2]
-        mean_a, mean_t = (x.sum(axis=(0, 2)) / count for x in (a, t))
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            mean_a, mean_t = (x.sum(axis=(0, 2)) / count for x in (a, t))
+        # NaN goes through all that follows without a word, and `finite` tells.
+        mean_a, mean_t = (np.where(np.isfinite(m), m, np.nan) for m in (mean_a, mean_t))
         a -= mean_a[:, None]
         t -= mean_t[:, None]
         return cls(
@@ -145,22 +149,11 @@ class PairMoments:
         return signal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatedAffine:
-    """A correction and how many channels got what; `unusable` held NaN or infinity."""
-
-    affine: ChannelAffine
-    gain_and_offset: int
-    offset_only: int
-    unchanged: int
-    unusable: int
-
-
 def solve_channel_affine(
     moments: PairMoments,
     *,
     ridge: float = 1e-4,
-    clip: tuple[float, float] = (0.5, 2.0),
+    clip: tuple[float, float] = CLIP,
     gain: GainKind = "channel",
     offset: bool = True,
 ) -> ChannelAffine:
@@ -173,105 +166,115 @@ def solve_channel_affine(
         gain: ``tensor`` is one gain for all channels (one weight scale), ``none`` is gain 1.
         offset: False fits through the origin, for ops that cannot take a bias.
     """
-    finite = moments.finite
-    count = max(moments.count, 1)
-    aa, at = moments.m_aa / count, moments.m_at / count
-    if not offset:
-        aa = aa + moments.mean_a * moments.mean_a
-        at = at + moments.mean_a * moments.mean_t
-    aa, at = np.where(finite, aa, 0.0), np.where(finite, at, 0.0)
-    mean = float(aa.mean()) if aa.size else 0.0
-    gains = np.ones(aa.shape)
-    if gain != "none" and mean > 0.0:
-        prior = ridge * mean
-        if gain == "channel":
-            alive = aa > DEAD_SHARE * mean
-            np.divide(at + prior, aa + prior, out=gains, where=alive)
-        else:
-            gains = np.full(aa.shape, (at.mean() + prior) / (mean + prior))
-        gains = np.clip(gains, *clip)
-    gains = np.where(finite, gains, 1.0)
-    offsets = moments.mean_t - gains * moments.mean_a if offset else np.zeros(aa.shape)
-    return ChannelAffine(gain=gains, offset=np.where(finite, offsets, 0.0))
+    return solve_shrunk([moments], ridge=ridge, clip=clip, gain=gain, offset=offset)
 
 
-def solve_gated(
+def solve_shrunk(
     groups: Sequence[PairMoments],
     *,
     ridge: float = 1e-4,
-    clip: tuple[float, float] = (0.5, 2.0),
+    clip: tuple[float, float] = CLIP,
     gain: GainKind = "channel",
     offset: bool = True,
-    confidence: float = 1.0,
-) -> GatedAffine:
-    """Fit on some groups of samples, judge on the others, and keep what helps there.
+    fit: FitKind = "ls",
+) -> ChannelAffine:
+    """Fit all groups and shrink each number by its sampling error (see `shrink`).
 
-    Each channel takes the richest of nothing, offset alone, and gain with offset that lowers the
-    error on groups it was not fitted to by more than `confidence` standard errors, against the
-    poorer ones. The numbers then come from all groups. A single gain for the tensor is judged over
-    all channels, since it cannot be left out of one.
+    The errors come from how the groups differ (the sandwich estimate with groups as clusters):
+    values of one sample are anything but independent. One group has no error to tell, and its fit
+    is plain.
+
+    Args:
+        groups: moments of the pairs to fit, one for each group of samples.
+        ridge: as for `solve_channel_affine`.
+        clip: smallest and largest gain.
+        gain: as for `solve_channel_affine`.
+        offset: as for `solve_channel_affine`.
+        fit: ``ls`` is least squares. ``mm`` matches the standard deviation instead: its error is
+            larger, but the output keeps its size, where least squares shrink what they cannot
+            explain.
     """
     whole = merge_all(groups)
-    finite = whole.finite
+    finite, count = whole.finite, max(whole.count, 1)
+    sums = _Centred.of(groups, *((whole.mean_a, whole.mean_t) if offset else (0.0, 0.0)))
+    sums = _Centred(*(np.where(finite, part, 0.0) for part in (sums.aa, sums.at, sums.tt)))
+    aa, at, tt = (part.sum(axis=0) for part in (sums.aa, sums.at, sums.tt))
+    mean = float(aa.mean()) if aa.size else 0.0
+    prior, gains = ridge * mean, np.ones(aa.shape)
+    cluster = len(groups) / (len(groups) - 1) if len(groups) > 1 else 0.0
+    if gain == "tensor" and mean > 0.0:
+        gains = np.full(aa.shape, (at.mean() + prior) / (mean + prior))
+    elif gain == "channel" and mean > 0.0:
+        alive = aa > DEAD_SHARE * mean
+        wide = np.where(alive, aa + prior, 1.0)
+        if fit == "mm":
+            ratio = (tt + prior) / wide
+            gains = np.sqrt(ratio)
+            scores = (sums.tt / np.where(ratio > 0.0, ratio, 1.0) - sums.aa) / (2.0 * wide)
+            scores = scores * gains
+        else:
+            gains = (at + prior) / wide
+            scores = (sums.at - gains * sums.aa) / wide
+        # The prior's own share of the scores is that of gain 1, spread over the groups.
+        scores -= scores.mean(axis=0)
+        shrunk = shrink(gains[alive], cluster * (scores[:, alive] ** 2).sum(axis=0))
+        gains = np.ones(aa.shape)
+        gains[alive] = shrunk
+    gains = np.where(finite, np.clip(gains, *clip), 1.0)
+    if not offset:
+        return ChannelAffine(gain=gains, offset=np.zeros(aa.shape))
+    # In units of what is left after the fit, so that channels of all sizes can be compared.
+    shifts = np.where(finite, whole.mean_t - whole.mean_a, 0.0)
+    left = np.sqrt(np.maximum(tt - 2.0 * gains * at + gains * gains * aa, 0.0) / count)
+    unit = np.where(left > 0.0, left, 1.0)
+    scores = np.array([g.count * (g.mean_t - gains * g.mean_a) for g in groups]) / count
+    shares = np.array([[g.count] for g in groups]) / count
+    scores = np.where(finite, scores - shares * (whole.mean_t - gains * whole.mean_a), 0.0)
+    shifts = unit * shrink(shifts / unit, cluster * ((scores / unit) ** 2).sum(axis=0), center=0.0)
+    offsets = (1.0 - gains) * whole.mean_a + shifts
+    return ChannelAffine(gain=gains, offset=np.where(finite, offsets, 0.0))
 
-    def solve(moments: PairMoments, kind: GainKind) -> ChannelAffine:
-        return solve_channel_affine(moments, ridge=ridge, clip=clip, gain=kind, offset=offset)
 
-    if len(groups) < 2:
-        return GatedAffine(
-            affine=ChannelAffine.identity(finite.size),
-            gain_and_offset=0,
-            offset_only=0,
-            unchanged=finite.size,
-            unusable=0,
+@dataclass(frozen=True, slots=True)
+class _Centred:
+    """Second moments [groups, channels] about one place."""
+
+    aa: Array
+    at: Array
+    tt: Array
+
+    @classmethod
+    def of(cls, groups: Sequence[PairMoments], mid_a: Array | float, mid_t: Array | float) -> Self:
+        count = np.array([[g.count] for g in groups], np.float64)
+        d_a = np.array([g.mean_a for g in groups]) - mid_a
+        d_t = np.array([g.mean_t for g in groups]) - mid_t
+        return cls(
+            np.array([g.m_aa for g in groups]) + count * d_a * d_a,
+            np.array([g.m_at for g in groups]) + count * d_a * d_t,
+            np.array([g.m_tt for g in groups]) + count * d_t * d_t,
         )
-    folds = min(FOLDS, len(groups))
-    shares = np.array([g.count for g in groups]) / max(whole.count, 1)
-    errors = np.zeros((3, len(groups), finite.size))
-    for fold in range(folds):
-        others = merge_all([g for i, g in enumerate(groups) if i % folds != fold])
-        kinds = (ChannelAffine.identity(finite.size), solve(others, "none"), solve(others, gain))
-        for i in range(fold, len(groups), folds):
-            for kind, affine in enumerate(kinds):
-                errors[kind, i] = groups[i].error(affine) * shares[i] * len(groups)
-    errors = np.where(finite, errors, 0.0)
-    shifted = _surely_positive(errors[0] - errors[1], confidence)
-    best_plain = np.where(shifted, errors[1], errors[0])
-    drop = best_plain - errors[2]
-    if gain == "tensor":
-        scaled = np.broadcast_to(
-            _surely_positive(drop.sum(axis=1, keepdims=True), confidence), finite.shape
-        )
-    else:
-        scaled = _surely_positive(drop, confidence) & finite
-    full, shift = solve(whole, gain), solve(whole, "none")
-    affine = ChannelAffine(
-        gain=np.where(scaled, full.gain, 1.0),
-        offset=np.select([scaled, shifted], [full.offset, shift.offset], 0.0),
-    )
-    changed = scaled | shifted
-    return GatedAffine(
-        affine=affine,
-        gain_and_offset=int(np.count_nonzero(affine.gain != 1.0)),
-        offset_only=int(np.count_nonzero(changed & (affine.gain == 1.0))),
-        unchanged=int(np.count_nonzero(~changed & finite)),
-        unusable=int(np.count_nonzero(~changed & ~finite)),
-    )
-
-
-def _surely_positive(drops: Array, confidence: float) -> Array:
-    """True where the mean over the groups (axis 0) is above `confidence` standard errors."""
-    error = drops.std(axis=0, ddof=1) / np.sqrt(drops.shape[0])
-    positive: Array = drops.mean(axis=0) > confidence * error
-    return positive
 
 
 def merge_all(groups: Sequence[PairMoments]) -> PairMoments:
-    """Merge at least one group."""
-    total = groups[0]
-    for group in groups[1:]:
-        total = total.merge(group)
-    return total
+    """Merge at least one group; as `PairMoments.merge` in turn, at once."""
+    if len(groups) == 1:
+        return groups[0]
+    counts = np.array([[g.count] for g in groups], np.float64)
+    count = sum(g.count for g in groups)
+    shares = counts / max(count, 1)
+    mean_a, mean_t = (
+        (shares * np.array(parts)).sum(axis=0)
+        for parts in ([g.mean_a for g in groups], [g.mean_t for g in groups])
+    )
+    about = _Centred.of(groups, mean_a, mean_t)
+    return PairMoments(
+        count=count,
+        mean_a=mean_a,
+        mean_t=mean_t,
+        m_aa=about.aa.sum(axis=0),
+        m_at=about.at.sum(axis=0),
+        m_tt=about.tt.sum(axis=0),
+    )
 
 
 def _chunks(a: Array, t: Array) -> Iterator[tuple[Array, Array]]:

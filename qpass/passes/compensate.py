@@ -9,74 +9,49 @@ Where it aims
     quantized input. The last linear op of a residual branch aims at the float *sum* minus the
     quantized skip, so that the error of the skip is corrected where the branch joins it.
 Why it never makes things worse
-    Samples are held out. A channel keeps a correction only where it helps on samples it was not
-    fitted to, and the whole is kept only where the model's outputs are surely closer to the float
-    model's on samples that nothing was fitted to; else offsets alone are tried, else nothing is
-    done.
+    Samples are held out. A channel loses a correction that hurts on samples it was not fitted to
+    (see `channel_gate`), and the whole is kept only where the model's outputs are surely closer to
+    the float model's on samples that nothing was fitted to; else offsets alone are tried, else
+    nothing is done.
 Preconditions
     `insert_qdq` has run, biases are still float. Names of the two graphs agree.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from functools import partial
+from typing import Literal, TypeAlias
 
-import numpy as np
-
-from qpass.graph import Constant, Graph, Node
-from qpass.passes.channel_affine import (
-    Array,
-    ChannelAffine,
-    GatedAffine,
-    PairMoments,
-    merge_all,
-    solve_gated,
+from qpass.graph import Graph, Node
+from qpass.passes.attention import key_channels, without_means
+from qpass.passes.channel_affine import Array, ChannelAffine, FitKind
+from qpass.passes.channel_gate import CONFIDENCE, solve_gated
+from qpass.passes.compensation import Compensation, LayerCompensation, layer_of
+from qpass.passes.correct_between import (
+    Between,
+    NormChange,
+    correct_between,
+    correct_linear_at_runtime,
+    nodes_of_units,
 )
 from qpass.passes.fold_affine import Site, find_site, fold
 from qpass.passes.model_gate import Verdict, judge
-from qpass.passes.output_range import Extremes, Stretch, output_range, solve_stretch, stretch_range
+from qpass.passes.output_range import Stretch, output_range, solve_stretch, stretch_range
+from qpass.passes.refit import joined, refit
+from qpass.passes.residual import skip_of
+from qpass.passes.runtime_affine import RuntimeChange
+from qpass.passes.scale_matters import scale_matters
+from qpass.passes.unit_moments import measure
 from qpass.program import Progress
 from qpass.report.model import PassReport, Refusal
-from qpass.stream import Pair, Step, Stream
+from qpass.stream import Stream
 from qpass.submodel import Feeds, Submodel
-from qpass.verify.metrics import CAP_DB
 
 Method = Literal["cwac", "bias"]
 Aim = Literal["global", "local"]
-GROUPS: Final = 8  # groups of samples a batch, to see how much channels differ between samples
-POSITIONS: Final = 1024  # of a feature map, that enter the sums
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCompensation:
-    """What happened to one linear op; SQNR of its output on held-out samples, against its aim."""
-
-    name: str
-    op: str
-    sqnr_db_before: float
-    sqnr_db_after: float
-    gain_and_offset: int  # channels
-    offset_only: int
-    unchanged: int
-    residual: bool  # aimed at the sum behind it
-    range_changed: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compensation:
-    """Result of `compensate`: `method` is what was kept, "none" when nothing surely helped.
-
-    `verdict` is that of the method kept, else of the last one tried; None when nothing was tried.
-    """
-
-    report: PassReport
-    layers: tuple[LayerCompensation, ...]
-    method: Literal["cwac", "bias", "none"]
-    verdict: Verdict | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +59,14 @@ class _Options:
     method: Method
     target: Aim
     first_held: int  # number of the first batch that is held out
+    between: Between
+    keys: Mapping[str, Array]  # channels whose offset a softmax cancels, by linear op
     ridge: float
     confidence: float
+    fit: FitKind
+
+    def fit_of(self, graph: Graph, linear: Node) -> FitKind:
+        return "mm" if self.fit == "mm" and scale_matters(graph, linear) else "ls"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,22 +78,20 @@ class _Change:
     stretch: Stretch | None
 
 
-@dataclass(slots=True, kw_only=True)
-class _Measured:
-    """Sums of one unit: by group of samples to fit, in one for those held out."""
-
-    held: PairMoments
-    fit: list[PairMoments] = field(default_factory=list)
-    extremes: Extremes = field(default_factory=Extremes)
+Change: TypeAlias = _Change | NormChange | RuntimeChange
 
 
 @dataclass(slots=True, kw_only=True)
 class _Walk:
     """What one walk over the model did to its own copy of the quantized graph."""
 
-    changes: list[_Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     layers: list[LayerCompensation] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+
+    def add(self, changes: Sequence[Change], refusals: Sequence[Refusal]) -> None:
+        self.changes.extend(changes)
+        self.refusals.extend(refusals)
 
 
 def compensate(
@@ -125,7 +104,9 @@ def compensate(
     memory_bytes: int = 1 << 30,
     holdout: float = 0.25,
     ridge: float = 1e-4,
-    confidence: float = 1.0,
+    confidence: float = CONFIDENCE,
+    fit: FitKind = "ls",
+    runtime_ops: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Compensation:
@@ -141,6 +122,9 @@ def compensate(
         holdout: share of the batches that judge; at least one.
         ridge: pull of the gains towards 1, see `solve_channel_affine`.
         confidence: standard errors by which a channel's correction has to help, see `solve_gated`.
+        fit: ``mm`` keeps the size of what a Softmax or the user reads (see `scale_matters`) instead
+            of the least squares, which shrink it by what they cannot explain.
+        runtime_ops: also add Mul and Add nodes where no constant can take a correction.
         threads: threads of each session.
         progress: told after each unit.
     """
@@ -154,14 +138,25 @@ def compensate(
     plain: list[dict[str, Array]] = []
     verdict: Verdict | None = None
     refusals = []
+    keys = key_channels(reference, batches[0])
     methods: tuple[Method, ...] = ("cwac", "bias") if method == "cwac" else ("bias",)
     for candidate in methods:
         options = _Options(
             method=candidate,
             target=target,
             first_held=first_held,
+            between=Between(
+                norms=target == "global",
+                runtime_ops=runtime_ops and target == "global",
+                gains=candidate == "cwac",
+                first_held=first_held,
+                ridge=ridge,
+                confidence=confidence,
+            ),
+            keys=keys,
             ridge=ridge,
             confidence=confidence,
+            fit=fit,
         )
         with Stream(
             reference,
@@ -188,7 +183,13 @@ def compensate(
                 seconds=time.perf_counter() - begin,
             )
             return Compensation(
-                report=report, layers=tuple(walk.layers), method=candidate, verdict=verdict
+                report=report,
+                layers=tuple(walk.layers),
+                method=candidate,
+                verdict=verdict,
+                runtime_ops=tuple(
+                    change.sentence for change in walk.changes if isinstance(change, RuntimeChange)
+                ),
             )
         reason = f"no sure improvement: {verdict.sentence}"
         refusals.append(Refusal(rule=f"compensate {candidate}", where="model", reason=reason))
@@ -212,7 +213,9 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
     nodes = {node.name: node for node in graph.nodes}
     originals = {node.name: node for node in stream.reference.nodes}
     places = {node.name: i for i, node in enumerate(stream.reference.nodes)}
-    for step in stream:
+    for step, names in zip(stream, nodes_of_units(stream), strict=True):
+        middle = names.index(step.unit.linear) if step.unit.linear in names else len(names)
+        walk.add(*correct_between(step, graph, nodes, names[:middle], options.between))
         if step.unit.linear is None:
             continue
         original = originals[step.unit.linear]
@@ -226,25 +229,40 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
         )
         skip = None
         if options.target == "global":
-            skip = _skip_of(stream.reference, nodes, places, original)
-        measured = _measure(step, site, skip, options)
+            skip = skip_of(stream.reference, nodes, places, original)
+        look = partial(
+            measure,
+            step,
+            site,
+            skip,
+            local=options.target == "local",
+            first_held=options.first_held,
+        )
+        measured = look()
+        cancelled = options.keys.get(original.name)
+        if cancelled is not None:
+            measured.fit = [without_means(m, cancelled) for m in measured.fit]
         solved = solve_gated(
             measured.fit,
             ridge=options.ridge,
             gain="none" if options.method == "bias" else site.gain,
             offset=site.offset,
             confidence=options.confidence,
+            fit=options.fit_of(stream.reference, original),
         )
         stretch = None
         if solved.gain_and_offset or solved.offset_only:
+            parts = refit(graph, site, measured.fit, solved.affine, look, cancelled=cancelled)
             place = output_range(graph, site.tap)
             if place is not None:
-                stretch = solve_stretch(place, measured.extremes, solved.affine)
-            change = _Change(linear=original.name, affine=solved.affine, stretch=stretch)
-            walk.changes.append(change)
-            _apply(graph, site, change)
+                stretch = solve_stretch(place, measured.extremes, joined(parts))
+            for part in parts:
+                moved = stretch if part is parts[-1] else None
+                change = _Change(linear=original.name, affine=part, stretch=moved)
+                walk.changes.append(change)
+                _apply(graph, site, change)
         walk.layers.append(
-            _layer(
+            layer_of(
                 site,
                 measured.held,
                 solved,
@@ -252,6 +270,12 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
                 range_changed=stretch is not None,
             )
         )
+        walk.add(
+            *correct_linear_at_runtime(
+                step, graph, site, options.between, skip=skip, cancelled=cancelled
+            )
+        )
+        walk.add(*correct_between(step, graph, nodes, names[middle + 1 :], options.between))
     return walk
 
 
@@ -263,100 +287,14 @@ def _apply(graph: Graph, site: Site, change: _Change) -> None:
         stretch_range(graph, place, change.stretch)
 
 
-def _replay(reference: Graph, quantized: Graph, changes: list[_Change]) -> None:
+def _replay(reference: Graph, quantized: Graph, changes: Sequence[Change]) -> None:
     """Repeat the changes of a walk on the caller's graph."""
     nodes = {node.name: node for node in quantized.nodes}
     originals = {node.name: node for node in reference.nodes}
     for change in changes:
+        if isinstance(change, NormChange | RuntimeChange):
+            change.apply(quantized)
+            continue
         site = find_site(quantized, nodes, originals[change.linear])
         assert isinstance(site, Site)
         _apply(quantized, site, change)
-
-
-def _measure(step: Step, site: Site, skip: Pair | None, options: _Options) -> _Measured:
-    """Run the unit and collect what the fit needs."""
-    measured = _Measured(held=PairMoments.empty(site.channels))
-    also = () if skip is None else (skip,)
-    for tap in step.taps(site.tap, local=options.target == "local", also=also):
-        got, floating = thinned(tap.quantized), thinned(tap.float)
-        wanted = floating if tap.local is None else thinned(tap.local)
-        for skip_float, skip_quantized in tap.also:
-            wanted = wanted + (thinned(skip_float) - thinned(skip_quantized))
-        parts = min(GROUPS, len(got))
-        groups = [
-            PairMoments.of(*pair, axis=site.axis)
-            for pair in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
-        ]
-        measured.extremes.update(got, floating, axis=site.axis)
-        if tap.batch < options.first_held:
-            measured.fit.extend(groups)
-        else:
-            measured.held = measured.held.merge(merge_all(groups))
-    return measured
-
-
-def thinned(x: Array) -> Array:
-    """Return at most about `POSITIONS` positions of each map of a [N, C, ...] array, as [N, C, P].
-
-    The stride has no common factor with the width, so that it does not keep to some columns: the
-    borders of a map, where padding shows, get their share.
-    """
-    if x.ndim < 4:
-        return x
-    flat = x.reshape(*x.shape[:2], -1)
-    stride = -(-flat.shape[-1] // POSITIONS)
-    while stride > 1 and math.gcd(stride, x.shape[-1]) > 1:
-        stride += 1
-    return flat[..., ::stride]
-
-
-def _skip_of(
-    graph: Graph, nodes: Mapping[str, Node], places: Mapping[str, int], linear: Node
-) -> Pair | None:
-    """Return the other operand of the residual Add behind `linear`, if it is known by then.
-
-    Of two branches that meet, the one that runs later is the one to correct the sum.
-    """
-    out = linear.outputs[0]
-    while True:
-        readers = graph.consumers(out)
-        if len(readers) != 1 or graph.is_output(out):
-            return None
-        add, index = readers[0]
-        if add.op != "Add":
-            return None
-        other = add.inputs[1 - index]
-        if not isinstance(other, Constant):
-            break
-        out = add.outputs[0]
-    maker = graph.producer(other)
-    twin = nodes.get(add.name)
-    later = maker is not None and places[maker.name] > places[linear.name]
-    if later or twin is None or twin.op != "Add" or other.shape is None or other.shape != out.shape:
-        return None
-    return Pair(float_name=other.name, quantized_name=twin.inputs[1 - index].name)
-
-
-def _layer(
-    site: Site, held: PairMoments, solved: GatedAffine, *, residual: bool, range_changed: bool
-) -> LayerCompensation:
-    identity = ChannelAffine.identity(site.channels)
-    signal = float(np.nansum(held.signal()))
-    before, after = (float(np.nansum(held.error(a))) for a in (identity, solved.affine))
-    return LayerCompensation(
-        name=site.linear,
-        op=site.op,
-        sqnr_db_before=_ratio_db(signal, before),
-        sqnr_db_after=_ratio_db(signal, after),
-        gain_and_offset=solved.gain_and_offset,
-        offset_only=solved.offset_only,
-        unchanged=solved.unchanged + solved.unusable,
-        residual=residual,
-        range_changed=range_changed,
-    )
-
-
-def _ratio_db(signal: float, noise: float) -> float:
-    if noise <= 0.0 or signal <= 0.0:
-        return CAP_DB if noise <= 0.0 else -CAP_DB
-    return min(CAP_DB, 10.0 * math.log10(signal / noise))

@@ -7,6 +7,11 @@ Why it is free at run time
     A quantized linear op computes ``y = s_w * (q_w @ x) + b`` with one ``s_w`` per channel, hence
     ``gain * y + offset == (gain * s_w) * (q_w @ x) + (gain * b + offset)``. Integers, ops and edges
     stay the same.
+Where the scales cannot take it
+    One scale for the whole weight, or one for all groups of a ConvTranspose, holds no gain per
+    channel. The float weight does, and is rounded again on the same kind of grid (`requantize`):
+    other integers, so whoever folds has to look at the output again (`Site.rounding` says so).
+    A weight that several ops share gets a DequantizeLinear of its own for the corrected one.
 Preconditions
     `insert_qdq` has run and biases are still float (`lower_biases` makes them int32 afterwards,
     with the scale that they then must have).
@@ -19,9 +24,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qpass.errors import InternalError
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.matching import weight_axis
 from qpass.passes.channel_affine import Array, ChannelAffine, GainKind
+from qpass.passes.requantize import Rounding, find_rounding, requantize, scaled_weight
 
 # Ops through which a MatMul's bias may lie behind it.
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -60,6 +67,12 @@ class Site:
         that `tap` includes the bias, so that the gain applies to it as well.
     reasons
         Why the site takes less than a gain and an offset per channel.
+    shared
+        Other nodes read the dequantized weight too: `fold` makes one for this node first.
+    groups
+        Of a ConvTranspose, whose output channels lie along two axes of its weight.
+    rounding
+        Given: a gain per channel means new integers, and the output has to be looked at again.
     """
 
     linear: str
@@ -75,6 +88,9 @@ class Site:
     bias_slot: Slot | None
     bias_inside: bool
     reasons: tuple[str, ...] = ()
+    shared: bool = False
+    groups: int = 1
+    rounding: Rounding | None = None
 
 
 def find_site(graph: Graph, nodes: Mapping[str, Node], reference: Node) -> Site | str:
@@ -88,13 +104,12 @@ def find_site(graph: Graph, nodes: Mapping[str, Node], reference: Node) -> Site 
     node = nodes.get(reference.name)
     if node is None or node.op != reference.op:
         return "the quantized graph computes it in another way"
-    gain_slot, gain, gain_axis, reasons = _gain_place(graph, node, reference)
-    if gain_slot is None:
-        return reasons[0]
-    rank = len(reference.inputs[1].shape)
-    channels = int(reference.inputs[1].shape[weight_axis(reference, rank)])
-    if reference.op == "ConvTranspose":
-        channels *= int(reference.attrs.get("group", 1))
+    place = _gain_place(graph, node, reference)
+    if isinstance(place, str):
+        return place
+    weight = reference.inputs[1]
+    channels = int(weight.shape[weight_axis(reference, len(weight.shape))])
+    groups = int(reference.attrs.get("group", 1)) if reference.op == "ConvTranspose" else 1
     bias_inside = node.op != "MatMul"
     bias_slot, offset, reason = _bias_place(graph, node, inside=bias_inside)
     return Site(
@@ -103,27 +118,30 @@ def find_site(graph: Graph, nodes: Mapping[str, Node], reference: Node) -> Site 
         node=node,
         tap=node.outputs[0].name,
         axis=1 if reference.op in ("Conv", "ConvTranspose") else -1,
-        channels=channels,
-        gain=gain,
-        gain_slot=gain_slot,
-        gain_axis=gain_axis,
+        channels=channels * groups,
+        gain=place.kind,
+        gain_slot=place.slot,
+        gain_axis=place.axis,
         offset=offset,
         bias_slot=bias_slot,
         bias_inside=bias_inside,
-        reasons=(*reasons, *([reason] if reason else [])),
+        reasons=(*place.reasons, *([reason] if reason else [])),
+        shared=len(graph.consumers(node.inputs[1])) > 1,
+        groups=groups,
+        rounding=place.rounding,
     )
 
 
 def fold(graph: Graph, site: Site, affine: ChannelAffine) -> None:
-    """Absorb `affine` into the constants of `site`; what cannot be absorbed must be 1 or 0."""
+    """Absorb `affine` into the constants of `site`; what cannot be absorbed must be 1 or 0.
+
+    Raises:
+        InternalError: a gain is not positive; the clip of the fit is there to prevent that.
+    """
+    if not (affine.gain > 0.0).all():  # a scale is positive, and engines rely on it
+        raise InternalError(f"{site.linear}: a gain of {affine.gain.min()} cannot be folded")
     if (affine.gain != 1.0).any():
-        values = array_of(site.gain_slot.constant)
-        gain = affine.gain
-        if site.gain_axis is None:
-            gain = gain[0]
-        else:
-            gain = gain.reshape([-1 if i == site.gain_axis else 1 for i in range(values.ndim)])
-        site.gain_slot.write(graph, (values.astype(np.float64) * gain).astype(values.dtype))
+        _fold_gain(graph, site, affine.gain)
     if not site.offset or not ((affine.gain != 1.0).any() or affine.offset.any()):
         return
     if site.bias_slot is None:
@@ -139,40 +157,87 @@ def fold(graph: Graph, site: Site, affine: ChannelAffine) -> None:
     site.bias_slot.write(graph, wide.astype(values.dtype))
 
 
-def _gain_place(
-    graph: Graph, node: Node, reference: Node
-) -> tuple[Slot | None, GainKind, int | None, tuple[str, ...]]:
+def _fold_gain(graph: Graph, site: Site, gain: Array) -> None:
+    slot, node = site.gain_slot, site.node
+    dequantized = slot.node is not node
+    if dequantized and len(graph.consumers(node.inputs[1])) > 1:
+        slot = Slot(node=_own_dequantizer(graph, node, slot.node), index=slot.index)
+    if site.rounding is not None:
+        old = site.rounding.weight
+        axis = weight_axis(node, old.ndim) % old.ndim
+        weight = scaled_weight(old, gain, axis=axis, groups=site.groups)
+        requantize(graph, slot.node, site.rounding, weight)
+        return
+    values = array_of(slot.constant)
+    if site.gain_axis is None:
+        scaled = values.astype(np.float64) * gain[0]
+    else:
+        groups = 1 if dequantized else site.groups
+        scaled = scaled_weight(values, gain, axis=site.gain_axis, groups=groups)
+    slot.write(graph, scaled.astype(values.dtype))
+
+
+def _own_dequantizer(graph: Graph, node: Node, shared: Node) -> Node:
+    """Give `node` a DequantizeLinear of its own, from the same integers."""
+    old = node.inputs[1]
+    weight = graph.variable(old.name, old.dtype, old.shape)
+    numbers = [graph.constant(t.name, array_of(t)) for t in shared.inputs[1:]]
+    dequantizer = graph.make(
+        "DequantizeLinear",
+        [shared.inputs[0], *numbers],
+        [weight],
+        name=shared.name,
+        attrs=dict(shared.attrs),
+    )
+    graph.add(dequantizer, before=node)
+    graph.set_input(node, 1, weight)
+    return dequantizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GainPlace:
+    """Where a gain goes: see `Site`."""
+
+    slot: Slot
+    kind: GainKind
+    axis: int | None
+    reasons: tuple[str, ...] = ()
+    rounding: Rounding | None = None
+
+
+def _gain_place(graph: Graph, node: Node, reference: Node) -> _GainPlace | str:
     weight = node.inputs[1]
     rank = len(reference.inputs[1].shape)
     axis = weight_axis(node, rank) % rank
     grouped = node.op == "ConvTranspose" and int(node.attrs.get("group", 1)) > 1
     if isinstance(weight, Constant):
-        if grouped:
-            return Slot(node=node, index=1), "tensor", None, (_GROUPED,)
-        return Slot(node=node, index=1), "channel", axis, ()
+        return _GainPlace(slot=Slot(node=node, index=1), kind="channel", axis=axis)
     dq = graph.producer(weight)
     if dq is None or dq.op != "DequantizeLinear" or not isinstance(dq.inputs[1], Constant):
-        return None, "none", None, ("its weight is neither a constant nor dequantized",)
-    if len(graph.consumers(weight)) > 1:
-        return None, "none", None, ("several nodes read its dequantized weight",)
+        return "its weight is neither a constant nor dequantized"
     slot = Slot(node=dq, index=1)
     scale = array_of(dq.inputs[1])
-    if (np.frexp(scale)[0] == 0.5).all():
-        return slot, "none", None, ("its scales are powers of two: a gain would leave that grid",)
-    if scale.size == 1:
-        return slot, "tensor", None, ("one scale for the whole weight: one gain",)
     blocked = bool(dq.attrs.get("block_size", 0))
     stored_axis = int(dq.attrs.get("axis", 1)) % rank
+    fixed_grid = bool((np.frexp(scale)[0] == 0.5).all())
+    if not fixed_grid and not grouped:
+        if blocked and stored_axis != axis:
+            return _GainPlace(slot=slot, kind="channel", axis=axis)
+        if not blocked and scale.size > 1 and stored_axis == axis:
+            return _GainPlace(slot=slot, kind="channel", axis=0)
+    rounding = find_rounding(dq, reference.inputs[1])
+    if isinstance(rounding, Rounding):
+        return _GainPlace(slot=slot, kind="channel", axis=axis, rounding=rounding)
+    if fixed_grid:
+        reason = f"its scales are powers of two: a gain would leave that grid, and {rounding}"
+        return _GainPlace(slot=slot, kind="none", axis=None, reasons=(reason,))
     if grouped:
-        return slot, "tensor", None, (_GROUPED,)
-    if blocked and stored_axis != axis:
-        return slot, "channel", axis, ()
-    if not blocked and stored_axis == axis:
-        return slot, "channel", 0, ()
-    return slot, "tensor", None, ("its scales do not lie along the output channels: one gain",)
-
-
-_GROUPED = "the scales of a grouped ConvTranspose are shared by its groups: one gain"
+        reason = f"the groups of the ConvTranspose share its scales, and {rounding}: one gain"
+    elif scale.size == 1:
+        reason = f"one scale for the whole weight, and {rounding}: one gain"
+    else:
+        reason = f"its scales do not lie along the output channels, and {rounding}: one gain"
+    return _GainPlace(slot=slot, kind="tensor", axis=None, reasons=(reason,))
 
 
 def _bias_place(graph: Graph, node: Node, *, inside: bool) -> tuple[Slot | None, bool, str]:

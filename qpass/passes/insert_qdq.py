@@ -2,7 +2,8 @@
 
 What it does
     Activations get QuantizeLinear and DequantizeLinear, on the edges that the plan lists or behind
-    the producer for all readers. Constants become integers with a DequantizeLinear.
+    the producer for all readers, and a Clip where their type is wider than their bits. Constants
+    become integers with a DequantizeLinear.
 Why it is correct
     It decides nothing: where, which kind and which numbers come from `Plan` and `QTable`. Original
     tensor names stay on the float side of Q, so that both graphs can be compared layer by layer;
@@ -14,6 +15,7 @@ Preconditions
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from qpass.plan import Decision, Plan
 from qpass.qparams import QParams, quantize
 from qpass.report.model import PassReport
 
+RANGE_KEY = "qpass.range"  # metadata of a Q: "fixed" ranges are the user's, no pass moves them
 CHUNK_ELEMENTS = 1 << 24  # weights are quantized in pieces of this many elements
 
 
@@ -66,9 +69,15 @@ def dequantize_node(
             graph.constant(f"{name}_zero_point", numbers.zero_point),
         )
     inputs: list[Tensor] = [source, *constants]
-    if numbers.storage is INT32:
+    if numbers.storage is INT32 or _needs_no_zero_point(numbers):
         inputs.pop()  # it is 0 by definition (onnx, DequantizeLinear) and would cost as much again
     return graph.make("DequantizeLinear", inputs, [out], name=f"{name}_DQ", attrs=attrs)
+
+
+def _needs_no_zero_point(numbers: QParams) -> bool:
+    """True for blocks without zero points, where they would be as many as there are blocks."""
+    blocks = numbers.block_size is not None and numbers.storage.signed
+    return blocks and not numbers.zero_point.astype(np.int64).any()
 
 
 def _insert_pair(
@@ -104,17 +113,37 @@ def _insert_pair(
         graph.common_constant(f"{decision.key}_zero_point", numbers.zero_point),
     )
     name = f"{decision.key}_Q"
-    q = graph.make("QuantizeLinear", [tensor, *constants], [stored], name=name)
+    narrow = (numbers.qmin, numbers.qmax) != (numbers.storage.qmin, numbers.storage.qmax)
+    clip = _clip(graph, decision, tensor, numbers) if narrow else None
+    source = tensor if clip is None else clip.outputs[0]
+    q = graph.make("QuantizeLinear", [source, *constants], [stored], name=name)
+    if decision.pinned is not None or narrow:
+        q.extra.metadata_props.add(key=RANGE_KEY, value="fixed")
     dq = dequantize_node(graph, stored, restored, numbers, decision.key, constants)
     for node, index in readers:
         graph.set_input(node, index, restored)
+    made = [node for node in (clip, q, dq) if node is not None]
     if producer is not None:
-        graph.add(dq, after=producer)
-        graph.add(q, after=producer)
+        for node in reversed(made):
+            graph.add(node, after=producer)
     else:
         anchor = graph.nodes[0]
-        graph.add(q, before=anchor)
-        graph.add(dq, before=anchor)
+        for node in made:
+            graph.add(node, before=anchor)
+
+
+def _clip(graph: Graph, decision: Decision, tensor: Tensor, numbers: QParams) -> Node:
+    """Make the Clip in front of a Q whose storage type holds more integers than are wanted.
+
+    A Q saturates at the ends of its type, so 6 bits in a byte would reach four times as far.
+    """
+    zero, scale = int(numbers.zero_point), float(numbers.scale)
+    limits = [
+        graph.constant(f"{decision.key}_{end}", np.array((q - zero) * scale, np.float32))
+        for end, q in (("low", numbers.qmin), ("high", numbers.qmax))
+    ]
+    clipped = graph.variable(f"{decision.key}_clipped", tensor.dtype, tensor.shape)
+    return graph.make("Clip", [tensor, *limits], [clipped], name=f"{decision.key}_Clip")
 
 
 def _insert_constant(
@@ -136,21 +165,21 @@ def _insert_constant(
 def quantize_in_chunks(tensor: Constant, numbers: QParams) -> np.ndarray:
     """Quantize a constant; large ones in pieces, so that temporaries stay small."""
     values = array_of(tensor)
-    if values.size <= CHUNK_ELEMENTS or values.ndim < 2 or numbers.block_size is not None:
+    if values.size <= CHUNK_ELEMENTS or values.ndim < 2:
         return quantize(values, numbers)
     out = np.empty(values.shape, numbers.storage.numpy)
     rows = max(1, CHUNK_ELEMENTS // (values.size // values.shape[0]))
+    block = 1
+    if numbers.block_size is not None and numbers.axis == 0:
+        block = numbers.block_size
+        rows = max(rows // block, 1) * block  # whole blocks
     for start in range(0, values.shape[0], rows):
         piece = slice(start, start + rows)
         part = numbers
-        if numbers.axis == 0:
-            part = QParams(
-                scale=numbers.scale[piece],
-                zero_point=numbers.zero_point[piece],
-                storage=numbers.storage,
-                qmin=numbers.qmin,
-                qmax=numbers.qmax,
-                axis=0,
+        if numbers.axis == 0 or numbers.block_size is not None:  # blocks: scales have all axes
+            scales = slice(start // block, (start + rows) // block)
+            part = replace(
+                numbers, scale=numbers.scale[scales], zero_point=numbers.zero_point[scales]
             )
         out[piece] = quantize(values[piece], part)
     return out

@@ -3,7 +3,8 @@
 The SQNR over all samples is ruled by the few samples with the largest errors: on some models it
 moves by 3 dB either way on sixteen samples when nothing but noise has changed. So a change must
 also help the typical sample: the mean over the samples of how many dB its error falls has to be
-above `CONFIDENCE` standard errors.
+above `CONFIDENCE` standard errors. And no output may pay for another: a model with two outputs of
+unlike size had one of them made worse for the mean of both.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.submodel import Feeds
-from qpass.verify.metrics import ErrorMeter, sqnr_db
+from qpass.verify.metrics import CAP_DB, ErrorMeter, sqnr_db
 
 Array = NDArray[Any]
 CONFIDENCE: Final = 2.0  # standard errors
@@ -25,25 +26,30 @@ CONFIDENCE: Final = 2.0  # standard errors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """SQNR over all samples (mean over the outputs), and the gain of the typical sample, in dB."""
+    """SQNR over all samples (mean over the outputs), and the gain of the typical sample, in dB.
+
+    `least_db` is the change of the output that gained least.
+    """
 
     before_db: float
     after_db: float
     gain_db: float
     gain_error_db: float  # standard error; infinite for less than two samples
+    least_db: float = 0.0
 
     @property
     def helps(self) -> bool:
         """True when the change is an improvement beyond doubt."""
         sure = self.gain_db > CONFIDENCE * self.gain_error_db
-        return self.after_db > self.before_db and sure
+        return self.after_db > self.before_db and self.least_db >= 0.0 and sure
 
     @property
     def sentence(self) -> str:
         """The numbers, for a report."""
+        worse = f", one output {self.least_db:.2f} dB" if self.least_db < 0.0 else ""
         return (
             f"{self.before_db:.2f} dB -> {self.after_db:.2f} dB on held-out samples, "
-            f"{self.gain_db:+.2f} +- {self.gain_error_db:.2f} dB a sample"
+            f"{self.gain_db:+.2f} +- {self.gain_error_db:.2f} dB a sample{worse}"
         )
 
 
@@ -62,9 +68,11 @@ def judge(wanted: Sequence[Feeds], before: Sequence[Feeds], after: Sequence[Feed
     gains = right - left
     count = gains.size
     error = float(gains.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
+    first, second = output_sqnr_db(wanted, before), output_sqnr_db(wanted, after)
     return Verdict(
-        before_db=total_sqnr_db(wanted, before),
-        after_db=total_sqnr_db(wanted, after),
+        before_db=float(np.mean(first)),
+        after_db=float(np.mean(second)),
+        least_db=min(b - a for a, b in zip(first, second, strict=True)),
         gain_db=float(gains.mean()),
         gain_error_db=error,
     )
@@ -72,13 +80,18 @@ def judge(wanted: Sequence[Feeds], before: Sequence[Feeds], after: Sequence[Feed
 
 def total_sqnr_db(wanted: Sequence[Feeds], got: Sequence[Feeds]) -> float:
     """Return the mean over the outputs of their SQNR over all batches, in dB."""
+    return float(np.mean(output_sqnr_db(wanted, got)))
+
+
+def output_sqnr_db(wanted: Sequence[Feeds], got: Sequence[Feeds]) -> list[float]:
+    """Return the SQNR of each output over all batches, in dB, within +-200 dB."""
     values = []
     for name in wanted[0]:
         meter = ErrorMeter()
         for left, right in zip(wanted, got, strict=True):
             meter.update(left[name], right[name])
-        values.append(meter.sqnr_db)
-    return float(np.mean(values))
+        values.append(max(meter.sqnr_db, -CAP_DB))
+    return values
 
 
 def sample_sqnr_db(wanted: Feeds, got: Feeds) -> Array:

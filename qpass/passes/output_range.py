@@ -22,6 +22,7 @@ from qpass.dtypes import storage_of
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.passes.channel_affine import Array, ChannelAffine
 from qpass.passes.fold_affine import Slot
+from qpass.passes.insert_qdq import RANGE_KEY
 from qpass.qparams import MIN_SCALE
 
 TOLERANCE: Final = 0.02  # share of the range
@@ -65,7 +66,10 @@ class OutputRange:
 
 
 def output_range(graph: Graph, tap: str) -> OutputRange | None:
-    """Return the Q behind tensor `tap` if it is the only one to have its scale, else None."""
+    """Return the Q behind tensor `tap` if it is the only one to have its scale, else None.
+
+    None as well where the user fixed the range.
+    """
     tensor = graph.tensors()[tap]
     floor, ceiling = -np.inf, np.inf
     readers = graph.consumers(tensor)
@@ -85,6 +89,8 @@ def output_range(graph: Graph, tap: str) -> OutputRange | None:
     q = quantizers[0]
     dequantizers = tuple(node for node, _ in graph.consumers(q.outputs[0]))
     if any(node.op != "DequantizeLinear" for node in dequantizers) or _is_tied(graph, q):
+        return None
+    if any(entry.key == RANGE_KEY for entry in q.extra.metadata_props):
         return None
     return OutputRange(quantizer=q, dequantizers=dequantizers, floor=floor, ceiling=ceiling)
 
@@ -118,7 +124,10 @@ def stretch_range(graph: Graph, place: OutputRange, stretch: Stretch) -> None:
     low = (storage.qmin - zero64) * float(scale) * stretch.low
     high = (storage.qmax - zero64) * float(scale) * stretch.high
     if zero64 in (0.0, (storage.qmax + 1) // 2) and storage.qmin - zero64 < 0.0:  # symmetric
-        new_scale = float(scale) * max(stretch.low, stretch.high)
+        factor = max(stretch.low, stretch.high)
+        if float(np.frexp(scale)[0]) == 0.5:  # it stays a power of two
+            factor = float(np.exp2(np.rint(np.log2(factor)))) if factor > 0.0 else 1.0
+        new_scale = float(scale) * factor
         new_zero = zero64
     else:
         new_scale = (high - low) / (storage.qmax - storage.qmin)

@@ -67,7 +67,7 @@ def layer_chart(layers: Sequence[LayerReport]) -> Figure:
     decibels: dict[str, Any] = {"title": {"text": "SQNR (dB)"}}
     if shown:
         decibels["autorangeoptions"] = {"clipmax": max(shown) + 3.0}
-    layout = _layout(height=420, xaxis=axis, yaxis=decibels)
+    layout = layout_of(height=420, xaxis=axis, yaxis=decibels)
     return {"data": data, "layout": layout | {"showlegend": True}}
 
 
@@ -115,7 +115,7 @@ def histogram_chart(histogram: TensorHistogram) -> Figure:
         _bars("in range", bars, bars.inside, BLUE),
         _bars("clipped", bars, bars.clipped, RED),
     ]
-    layout = _layout(
+    layout = layout_of(
         height=240,
         margin={"l": 56, "r": 12, "t": 12, "b": 40},
         xaxis={"title": {"text": "value"}, "zeroline": False},
@@ -178,7 +178,7 @@ def _by_stage(values: Mapping[str, float], title: str, hover: str, colour: str) 
         "hovertemplate": hover + "<extra></extra>",
         "marker": {"color": colour},
     }
-    layout = _layout(
+    layout = layout_of(
         height=90 + 30 * max(len(values), 1),
         margin={"l": 96, "r": 16, "t": 8, "b": 44},
         xaxis={"title": {"text": title}, "rangemode": "tozero"},
@@ -187,7 +187,8 @@ def _by_stage(values: Mapping[str, float], title: str, hover: str, colour: str) 
     return {"data": [bars], "layout": layout}
 
 
-def _layout(*, height: int, **extra: Any) -> dict[str, Any]:
+def layout_of(*, height: int, **extra: Any) -> dict[str, Any]:
+    """Return the layout that all charts share, with `extra` on top."""
     clear = "rgba(0,0,0,0)"
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "bgcolor": clear}
     return {

@@ -17,6 +17,7 @@ from qpass.files import write_text
 from qpass.report import charts, wording
 from qpass.report.charts import Figure
 from qpass.report.elements import Html, bullets, details, element, escape, join, section, table
+from qpass.report.mixed import CHART, mixed_section
 from qpass.report.model import MapNode, Report, TensorHistogram
 from qpass.report.style import STYLE
 from qpass.report.wording import Leftover
@@ -82,6 +83,8 @@ def page(report: Report, script: str) -> str:
             _graph_map(report),
             _layers(report, figures),
             _histograms(report, figures),
+            _runtime_costs(report),
+            _mixed(report, figures),
             _gates_and_rounds(report),
             _cost(report, figures),
             _passes(report),
@@ -270,10 +273,11 @@ def _layers(report: Report, figures: dict[str, Figure]) -> Html:
             wording.decibels(layer.sqnr_db_before),
             wording.decibels(layer.sqnr_db_after),
             wording.number(layer.cosine, 6),
+            wording.channels(layer),
         )
         for layer in wording.worst_layers(report, len(report.layers))
     ]
-    columns = ("layer", "op", "runs in", "SQNR before", "SQNR after", "cosine")
+    columns = ("layer", "op", "runs in", "SQNR before", "SQNR after", "cosine", "channels")
     return section(
         "SQNR layer by layer",
         _chart("chart-layers", charts.layer_chart(report.layers), figures),
@@ -312,6 +316,26 @@ def _range_facts(histogram: TensorHistogram) -> str:
         f"{histogram.spec}, {histogram.method}: {histogram.low:.4g} to {histogram.high:.4g}, "
         f"{share:.3%} clipped, SQNR {wording.decibels(histogram.sqnr_db)}"
     )
+
+
+def _runtime_costs(report: Report) -> Html:
+    if not report.runtime_costs:
+        return Html("")
+    rows = [wording.cost_row(cost) for cost in report.runtime_costs]
+    return section(
+        "Compensation at run time",
+        table(wording.COST_COLUMNS, rows, 1),
+        about="Ops that compute, numbers stored and multiplications of a sample that each method "
+        "adds to the file; latency without and with it, interleaved, on one thread; SQNR of the "
+        "outputs on samples that nothing was fitted to.",
+    )
+
+
+def _mixed(report: Report, figures: dict[str, Figure]) -> Html:
+    if report.mixed is None:
+        return Html("")
+    part, figures[CHART] = mixed_section(report.mixed)
+    return part
 
 
 def _gates_and_rounds(report: Report) -> Html:

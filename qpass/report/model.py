@@ -83,6 +83,15 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelRefusal:
+    """Channels of one layer that compensation left as they were, or gave less; ``0-3,7``."""
+
+    reason: str
+    count: int
+    channels: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """SQNR of one layer's output against the float model, before and after compensation."""
 
@@ -92,6 +101,8 @@ class LayerReport:
     sqnr_db_after: float
     cosine: float | None = None
     precision: str = "integer"  # "integer" or "float"
+    corrected_channels: int = 0
+    refused_channels: tuple[ChannelRefusal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +162,64 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeCost:
+    """What one method of compensation costs when the result runs.
+
+    `places` are linear ops (cwac, bias) or blocks (qwt, nbc) that got a correction. `nodes` are
+    ops that compute, without Q and DQ; `macs` are multiplications of a sample.
+    `latency_ms` is the median without and with compensation in `engine`, interleaved, one thread;
+    None where nothing was added or timed. `sqnr_db` is that of the outputs on the samples that
+    judged the method, before and after it.
+    """
+
+    method: str
+    nodes: int
+    parameters: int
+    macs: int
+    places: int = 0
+    engine: str = ""
+    latency_ms: tuple[float, float] | None = None
+    latency_ratio: float | None = None
+    sqnr_db: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedPoint:
+    """One plan of the search for bits: its weights, and its accuracy as predicted and measured.
+
+    `predicted_db` is 10 log10 of the output's power over the sum of the layers' errors; `measured`
+    is in the unit of the budget, None where the plan was not built.
+    """
+
+    weight_bytes: int
+    share_of_float: float
+    predicted_db: float
+    measured: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedChoice:
+    """What one layer got, and what each of its levels costs at the outputs of the model, in dB."""
+
+    name: str
+    bits: str
+    error_db: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedReport:
+    """The search for the smallest plan that meets a budget of accuracy."""
+
+    budget: str
+    wanted: float
+    met: bool
+    points: tuple[MixedPoint, ...]  # no other plan is smaller and better; smallest first
+    layers: tuple[MixedChoice, ...]
+    plan: str = ""  # file of the chosen plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileSizes:
     """Bytes on disk, external data included."""
 
@@ -183,6 +252,8 @@ class Report:
     graph_map: tuple[MapNode, ...] = ()
     rounds: tuple[str, ...] = ()  # what verify-and-repair did, one sentence a round
     notes: tuple[str, ...] = ()  # things the user must know: random data, what was not verified
+    runtime_costs: tuple[RuntimeCost, ...] = ()  # of each compensation that was kept
+    mixed: MixedReport | None = None
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -196,6 +267,8 @@ class Report:
         data = dataclasses.asdict(self)
         if self.metric is None:
             del data["metric"]
+        if self.mixed is None:
+            del data["mixed"]
         clean: dict[str, Any] = _finite({"schema": SCHEMA, **data, "ok": self.ok})
         return clean
 

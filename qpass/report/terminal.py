@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qpass.report import wording
+from qpass.report.mixed import POINT_COLUMNS, point_rows, verdict
 from qpass.report.model import Report
 
 MAX_LEFTOVERS: Final = 12
@@ -52,6 +53,8 @@ def print_summary(report: Report, console: Console) -> None:
     _print_engines(report, console)
     _print_lines(console, "Left in float", _leftover_lines(report))
     _print_passes(report, console)
+    _print_runtime_costs(report, console)
+    _print_mixed(report, console)
     _print_layers(report, console)
     _print_lines(console, "Rounds of repair", map(_text, report.rounds))
     _print_gates(report, console)
@@ -151,6 +154,25 @@ def _print_passes(report: Report, console: Console) -> None:
         for item in report.passes
     ]
     print_table(console, "Passes", ("pass", "changed", "refusals", "time"), rows)
+
+
+def _print_runtime_costs(report: Report, console: Console) -> None:
+    if not report.runtime_costs:
+        return
+    rows = [wording.cost_row(cost) for cost in report.runtime_costs]
+    print_table(console, "Compensation at run time", wording.COST_COLUMNS, rows)
+
+
+def _print_mixed(report: Report, console: Console) -> None:
+    if report.mixed is None:
+        return
+    rows = [
+        row
+        for row, point in zip(point_rows(report.mixed), report.mixed.points, strict=True)
+        if point.measured is not None
+    ]
+    print_table(console, "Mixed precision: plans that were measured", POINT_COLUMNS, rows)
+    _print_lines(console, "Bits", iter([_text(verdict(report.mixed))]))
 
 
 def _print_layers(report: Report, console: Console) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qpass.report.model import EngineReport, FloatOp, Latency, LayerReport, Report
+from qpass.report.model import EngineReport, FloatOp, Latency, LayerReport, Report, RuntimeCost
 from qpass.verify.metrics import CAP_DB
 
 NONE: Final = "-"
@@ -35,6 +35,14 @@ def number(value: float | None, digits: int, unit: str = "") -> str:
     if value is None or math.isnan(value):
         return NONE
     return f"{value:.{digits}f}{unit}"
+
+
+def channels(layer: LayerReport) -> str:
+    """Return what compensation did to the channels of a layer: those that it left, by reason."""
+    if not layer.corrected_channels and not layer.refused_channels:
+        return "-"
+    refused = [f"{r.reason}: {r.count} ({r.channels})" for r in layer.refused_channels]
+    return "; ".join([f"{layer.corrected_channels} corrected", *refused])
 
 
 def decibels(value: float | None) -> str:
@@ -113,6 +121,32 @@ def worst_first(sqnr_db: float) -> tuple[bool, float]:
 def worst_layers(report: Report, limit: int) -> list[LayerReport]:
     """Return the layers with the lowest SQNR after compensation; unknown ones (NaN) first."""
     return sorted(report.layers, key=lambda layer: worst_first(layer.sqnr_db_after))[:limit]
+
+
+COST_COLUMNS: Final = ("method", "nodes", "parameters", "MACs", "latency", "of it", "SQNR")
+
+
+def cost_row(cost: RuntimeCost) -> tuple[str, ...]:
+    """Write what one method of compensation costs, and what it gained on the held-out samples."""
+    time = "not measured"
+    if not cost.nodes:
+        time = "the same: folded"
+    elif cost.latency_ms is not None:
+        without, with_it = cost.latency_ms
+        time = f"{milliseconds(without).removesuffix(' ms')} -> {milliseconds(with_it)}"
+    gain = NONE
+    if cost.sqnr_db is not None:
+        before, after = cost.sqnr_db
+        gain = f"{decibels(before).removesuffix(' dB')} -> {decibels(after)}"
+    return (
+        cost.method,
+        str(cost.nodes),
+        str(cost.parameters),
+        str(cost.macs),
+        time,
+        factor(cost.latency_ratio if cost.nodes else 1.0),
+        gain,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

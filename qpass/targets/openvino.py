@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from qpass.targets.schema import OpRule, Target
+from qpass.targets.schema import OpRule, Target, WeightRule
 from qpass.targets.specs import S8_SYMMETRIC, S8_WEIGHT, U8
 
 LPT: Final = (
@@ -76,6 +76,26 @@ RULES: Final = (
     ),
 )
 
+WEIGHT_RULES: Final = (
+    WeightRule(
+        ops=frozenset({"Gemm", "MatMul"}),
+        kernel="FullyConnected",
+        blocks=(16, 32, 64, 128),
+        source=f"{MEASURED}: i4, u4, i8 and u8 weights behind f32 activations; the importer "
+        "refuses a shorter last block",
+    ),
+    WeightRule(
+        ops=frozenset({"Conv"}),
+        blocks=(16, 32, 64, 128),
+        source=f"{MEASURED}: i4 weights of Conv are made f32 when the model is compiled",
+    ),
+    WeightRule(
+        ops=frozenset({"Gather"}),
+        source=f"{MEASURED}: i8 rows stay i8 with one scale a row; i4 tables are made f32 when the "
+        "model is compiled",
+    ),
+)
+
 TARGET: Final = Target(
     name="openvino",
     title="OpenVINO CPU, x86-64 with VNNI",
@@ -84,6 +104,7 @@ TARGET: Final = Target(
     rules=RULES,
     bias="int32",
     activation=U8,
+    weight_rules=WEIGHT_RULES,
     needs_vnni=True,
     sources=(LPT,),
     notes=(

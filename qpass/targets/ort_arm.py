@@ -52,6 +52,7 @@ TARGET: Final = Target(
     rules=tuple(_on_arm(rule) for rule in ort_x86.RULES),
     bias="int32",
     activation=S8,
+    weight_rules=ort_x86.WEIGHT_RULES,
     matmul_bias_rank=3,
     sum_before_norm=True,
     sources=(SELECTORS, S8_TO_U8, GUIDE),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from qpass.targets.schema import OpRule, Target
+from qpass.targets.schema import OpRule, Target, WeightRule
 from qpass.targets.specs import S8_WEIGHT, U8
 
 SELECTORS: Final = (
     "https://github.com/microsoft/onnxruntime/blob/v1.23.0/onnxruntime/core/optimizer/"
     "qdq_transformer/selectors_actions/qdq_selectors.cc"
 )
+CONTRIB: Final = "https://github.com/microsoft/onnxruntime/blob/v1.23.0/docs/ContribOperators.md"
 MEASURED: Final = "optimized graph of onnxruntime 1.31.1 read back (AVX512-VNNI)"
 
 # Ops that only move data: the selectors drop the pairs around them when both sides have one scale.
@@ -99,6 +100,35 @@ RULES: Final = (
     ),
 )
 
+WEIGHT_RULES: Final = (
+    WeightRule(
+        ops=frozenset({"Gemm", "MatMul"}),
+        kernel="MatMulNBits",
+        blocks=(16, 32, 64, 128),
+        ragged=True,
+        transposed=False,
+        activations_apart=True,
+        source=f"{SELECTORS} (DQMatMulNodeGroupSelector); {MEASURED}: DQ of a constant matrix, "
+        "blocks along axis 0 (a power of two, at least 16) or one scale a column; weight, scale "
+        "and zero point must have no other reader; Gemm with transB 0 and alpha 1; no Relu or "
+        "Clip with one reader behind it",
+    ),
+    WeightRule(
+        ops=frozenset({"Conv"}),
+        blocks=(16, 32, 64, 128),
+        ragged=True,
+        source=f"{MEASURED}: DQ of the weight stays in front of a float Conv",
+    ),
+    WeightRule(
+        ops=frozenset({"Gather"}),
+        kernel="GatherBlockQuantized",
+        blocks=(16, 32, 64, 128),
+        ragged=True,
+        source=f"{CONTRIB} (com.microsoft.GatherBlockQuantized); {MEASURED}: DQ in front of Gather "
+        "unpacks the whole table at every run, and no fusion makes the one of the other",
+    ),
+)
+
 TARGET: Final = Target(
     name="ort-x86",
     title="onnxruntime CPU, x86-64 with VNNI",
@@ -107,6 +137,7 @@ TARGET: Final = Target(
     rules=RULES,
     bias="int32",
     activation=U8,
+    weight_rules=WEIGHT_RULES,
     matmul_bias_rank=3,
     sum_before_norm=True,
     needs_vnni=True,

@@ -40,6 +40,7 @@ RULES: Final = (
         activation=U8,
         weight=S8_WEIGHT,
         output="required",
+        min_bits=4,
         absorbs=("Relu", "Clip"),
         source=f"{PER_CHANNEL}: symmetric int8 along the output channels; {OPERATORS} (Conv2d)",
     ),
@@ -49,6 +50,7 @@ RULES: Final = (
         activation=U8,
         weight=U8_WEIGHT_PER_TENSOR,
         output="required",
+        min_bits=4,
         constant_weight=False,
         source=f"{PROVIDER}: MatMul takes (uint8, uint8) and 16-bit mixes of it; {CONFIG}: "
         "uint8 weights with one scale",

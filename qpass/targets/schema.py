@@ -47,7 +47,41 @@ class OpRule:
     skip_input_only: bool = False  # quantize only the input that no linear op computes directly
     attributes: tuple[tuple[str, int | str], ...] = ()  # values that the node must have
     shrinks: bool = False  # worth it with float behind: the output is far smaller than the input
+    min_bits: int = 2  # narrowest weights and activations; CPUs simulate what they do not have
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRule:
+    """How one family of ops is run with integer weights behind float activations.
+
+    kernel
+        The op of the engine's own graph that reads the integers. Empty: there is none, the engine
+        makes floats of them first, and only the file is smaller.
+    blocks
+        Block sizes (rows of the contraction axis with one scale) that the engine takes; empty: one
+        scale for each output channel.
+    ragged
+        The last block may be shorter than the others, as ONNX allows it.
+    transposed
+        A Gemm may hold its weight transposed (transB = 1).
+    activations_apart
+        Relu and Clip behind the op hide the kernel; Max and Min do not.
+    """
+
+    ops: frozenset[str]
+    source: str
+    kernel: str = ""
+    blocks: tuple[int, ...] = ()
+    ragged: bool = False
+    transposed: bool = True
+    activations_apart: bool = False
+    note: str = ""
+
+    def block_for(self, length: int, wanted: int) -> int | None:
+        """Return the largest block up to `wanted` that `length` rows can have here, or None."""
+        sizes = sorted((size for size in self.blocks if size <= wanted), reverse=True)
+        return next((size for size in sizes if self.ragged or length % size == 0), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +96,7 @@ class Target:
     bias: Literal["int32", "float"]
     activation: TensorSpec
     scheme: Literal["islands", "full"] = "islands"  # full: inputs, outputs and all ops in QDQ
+    weight_rules: tuple[WeightRule, ...] = ()  # integer weights behind float activations
     matmul_bias_rank: int | None = None  # reshape MatMul biases to this rank (see lower.py)
     per_channel_matmul: bool = True
     sum_before_norm: bool = False  # see lower.py
@@ -72,6 +107,27 @@ class Target:
     def rule_for(self, op: str) -> OpRule | None:
         """Return the first rule that covers `op`, or None: the op stays float."""
         return next((rule for rule in self.rules if op in rule.ops), None)
+
+    def weight_rule_for(self, op: str) -> WeightRule | None:
+        """Return the rule for integer weights of `op` behind float activations, or None."""
+        return next((rule for rule in self.weight_rules if op in rule.ops), None)
+
+    @property
+    def straight_gemms(self) -> bool:
+        """True when the kernel that reads integer weights takes no transposed ones."""
+        rule = self.weight_rule_for("Gemm")
+        return rule is not None and bool(rule.kernel) and not rule.transposed
+
+    @property
+    def gathers_blocks(self) -> bool:
+        """True when a kernel gathers rows from integer tables."""
+        rule = self.weight_rule_for("Gather")
+        return rule is not None and bool(rule.kernel)
+
+    @property
+    def parts_activations(self) -> bool:
+        """True when the kernel is not found where Relu or Clip stand behind the product."""
+        return any(rule.activations_apart for rule in self.weight_rules)
 
 
 def with_bits(spec: TensorSpec, bits: int) -> TensorSpec:

@@ -34,6 +34,7 @@ RULES: Final = (
         weight=S8_WEIGHT,
         output="float",
         min_channels=MIN_CHANNELS,
+        min_bits=8,
         source=f"{EXPLICIT}: Q/DQ on the inputs of weighted ops, none behind them; "
         f"{MODEL_OPTIMIZER} (find_nodes_from_convs_to_exclude): no gain below 16 channels",
         note="ReLU behind it is fused by the builder and needs no Q/DQ.",
@@ -45,6 +46,7 @@ RULES: Final = (
         weight=S8_WEIGHT,
         output="float",
         min_channels=MIN_CHANNELS,
+        min_bits=8,
         source=f"{EXPLICIT}; {MODEL_OPTIMIZER} (find_nodes_from_matmul_to_exclude): K and N of at "
         "least 16",
         note="Attention products (no constant operand) stay float: partial Q/DQ breaks the fused "
@@ -79,5 +81,6 @@ TARGET: Final = Target(
         "Biases stay float: the importer refuses DequantizeLinear of int32.",
         "Pooling, Transpose and Reshape need no Q/DQ: the builder moves Q and DQ through them.",
         "Weights are stored as int8 with DequantizeLinear only.",
+        "INT4 is for weights behind float activations; integer products have 8 bits.",
     ),
 )

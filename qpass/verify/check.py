@@ -164,7 +164,7 @@ def _optimizer_effect(
 def _planned(plan: Plan | None, found: Mapping[str, Any]) -> int:
     if plan is None:
         return 0
-    return sum(name in found for name in plan.integer_nodes())
+    return sum(name in found for name in plan.engine_nodes())
 
 
 def _float_ops(
@@ -172,7 +172,7 @@ def _float_ops(
 ) -> tuple[FloatOp, ...]:
     """Name each compute op in float, with the rule that stopped it."""
     rows = []
-    wanted = plan.integer_nodes() if plan is not None else {}
+    wanted = plan.engine_nodes() if plan is not None else {}
     decided = {} if plan is None else {node.name: node for node in plan.nodes}
     for name, op in found.items():
         node = diagnosis.nodes.get(name)
@@ -193,7 +193,7 @@ def _float_ops(
     rows += [
         FloatOp(node=node.name, op=node.op, rule=node.rule or "plan", reason=node.because)
         for node in decided.values()
-        if node.precision in ("float", "weights")
+        if node.precision in ("float", "stored")
         and node.op not in QUIET_OPS
         and node.name not in listed
     ]

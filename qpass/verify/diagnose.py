@@ -40,6 +40,10 @@ class Diagnosis:
             return f"{engine}/unknown", "the node is not in the file any more"
         rule = f"{engine}/{node.op_type}"
         dequantizers = [self._dequantizer(tensor) for tensor in node.input[:2]]
+        left, right = [*dequantizers, None][:2]
+        if left is None and right is not None and right.input[0] in self.constants:
+            reason = self._weight_only_reason(engine, node, right)
+            return rule, reason or "no rule that we know explains it; please report the model"
         if any(dq is None for dq in dequantizers):
             return rule, "an input is float: no DequantizeLinear in front of it"
         types = [self._stored_type(dq) for dq in dequantizers if dq is not None]
@@ -66,6 +70,33 @@ class Diagnosis:
             return "MatMulAddFusion made a float Gemm of it: the bias behind it is a vector"
         if len(node.input) > 2 and self._dequantizer(node.input[2]) is None:
             return "its bias is float"
+        return ""
+
+    def _weight_only_reason(self, engine: str, node: onnx.NodeProto, dq: onnx.NodeProto) -> str:
+        """Say why no kernel reads the integer weight behind `dq` (see `qpass.targets.ort_x86`)."""
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in dq.attribute}
+        gemm = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type not in ("Gemm", "MatMul"):
+            return f"no kernel reads integer weights of {node.op_type} behind float activations"
+        if len(self.constants[dq.input[0]].dims) != 2:
+            return "its weight is no matrix"
+        if engine != "ort":
+            return ""
+        if gemm.get("transB", 0):
+            return "MatMulNBits takes no transposed weight"
+        if gemm.get("alpha", 1.0) != 1.0 or gemm.get("transA", 0):
+            return "MatMulNBits takes no Gemm with alpha or transA"
+        if any(len(self.readers.get(name, ())) > 1 for name in (*dq.input, *dq.output)):
+            return "its integer weight, scale or zero point has another reader"
+        behind = self._behind(node)
+        if len(behind) == 1 and behind[0].op_type in ("Relu", "Clip"):
+            return f"{behind[0].op_type} behind it hides it from the fusion"
+        block = attributes.get("block_size", 0)
+        if block and (block < 16 or block & (block - 1)):
+            return f"MatMulNBits takes no blocks of {block}"
+        axis = attributes.get("axis", 1) % 2
+        if axis != (0 if block else 1) and self.constants[dq.input[1]].dims:
+            return f"its scales run along axis {axis}"
         return ""
 
     def _conv_output_reason(self, node: onnx.NodeProto, stored: int) -> str:

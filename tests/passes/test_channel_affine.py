@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpass.errors import InternalError
-from qpass.passes.channel_affine import (
-    ChannelAffine,
-    PairMoments,
-    merge_all,
-    solve_channel_affine,
-    solve_gated,
-)
+from qpass.passes.channel_affine import ChannelAffine, PairMoments, merge_all, solve_channel_affine
+from qpass.passes.channel_gate import solve_gated
 
 FIELDS = ("mean_a", "mean_t", "m_aa", "m_at", "m_tt")
 

@@ -46,3 +46,14 @@ def test_outputs_without_a_common_first_axis_count_as_one_sample():
     assert sample_sqnr_db({"y": wanted["y"]}, {"y": wanted["y"]}).tolist() == [200.0] * 4
     broken = {"y": np.full((4, 2), np.nan, np.float32)}
     assert sample_sqnr_db({"y": wanted["y"]}, broken).tolist() == [-200.0] * 4
+
+
+def test_no_output_pays_for_another():
+    wanted = {"y": np.full((6, 2), 10.0, np.float32), "z": np.full((6, 2), 10.0, np.float32)}
+    before = {"y": wanted["y"] + 1.0, "z": wanted["z"] + 1.0}
+    after = {"y": wanted["y"] + 0.01, "z": wanted["z"] + 1.1}
+    verdict = judge([wanted], [before], [after])
+    assert verdict.gain_db > 15.0
+    assert verdict.least_db == pytest.approx(-20.0 * math.log10(1.1), abs=1e-4)
+    assert not verdict.helps
+    assert "one output -0.83 dB" in verdict.sentence

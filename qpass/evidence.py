@@ -1,0 +1,143 @@
+"""What the samples say: opening them, statistics in one pass, batches for later passes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from qpass.calibrate import (
+    CalibrationCache,
+    Samples,
+    TapRequest,
+    TensorStats,
+    batches,
+    collect,
+    input_specs,
+    load_stats,
+    open_samples,
+    split,
+)
+from qpass.choose import importance
+from qpass.errors import RecipeError
+from qpass.graph import Graph
+from qpass.options import ROUND_WITH_DATA
+from qpass.plan import Plan
+from qpass.program import Progress
+from qpass.run import Run, model_key
+
+COMPENSATION_SAMPLES: Final = 64  # two unknowns a channel: more samples change little
+VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
+
+
+def taps_of(graph: Graph, plan: Plan) -> list[TapRequest]:
+    """Return what calibration has to look at for `plan`."""
+    taps: dict[str, TapRequest] = {}
+    tensors = graph.tensors()
+    for decision in plan.activations():
+        if decision.spec.fixed is not None or decision.pinned is not None:
+            continue
+        axis, shape = decision.channel_axis, tensors[decision.tensor].shape
+        # Statistics by channel need channels: the length of a sequence is none.
+        fixed = axis is not None and shape and isinstance(shape[axis], int)
+        taps.setdefault(
+            decision.tensor,
+            TapRequest(
+                tensor=decision.tensor,
+                axis=axis if fixed else None,
+                importance=importance(graph, decision) if fixed else None,
+                mask_below=decision.mask_below,
+            ),
+        )
+    return list(taps.values())
+
+
+def open_data(run: Run, data: Any) -> tuple[Samples, Samples]:
+    """Open the samples; return those to calibrate with and those held out."""
+    assert run.graph is not None
+    if data is None:
+        raise RecipeError(
+            "there are no samples to calibrate with",
+            fix="give --data (npz, folder, images, module:callable); --data random for a trial",
+        )
+    inputs = input_specs(run.graph.to_model(stub_above=1024))
+    preprocess = run.options.preprocess
+    samples = open_samples(data, inputs, preprocess=preprocess, seed=run.options.seed)
+    if samples.is_random:
+        run.notes.append(
+            "RANDOM DATA: ranges come from noise, not from your inputs. Accuracy means nothing; "
+            "do not ship this file."
+        )
+    return split(samples, run.options.samples, run.options.holdout)
+
+
+def held_out_samples(calibration: Samples, holdout: Samples) -> tuple[list[Any], str]:
+    """Return the samples to verify with, and a note when none were held out."""
+    held = list(islice(iter(holdout), VERIFY_SAMPLES))
+    if held:
+        return held, ""
+    return list(islice(iter(calibration), VERIFY_SAMPLES)), (
+        "no sample was held out: the numbers below were measured on the calibration samples"
+    )
+
+
+def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> None:
+    """Fill `run.stats` in one pass over the samples, or from a file or the cache."""
+    assert run.graph is not None
+    assert run.plan is not None
+    taps = taps_of(run.graph, run.plan)
+    run.fingerprint = samples.fingerprint()
+    if run.options.stats:
+        run.stats = _stats_from_file(run, Path(run.options.stats), taps)
+        return
+    with run.stages.stage("calibrate"):
+        model = run.graph.to_model(inline=True)
+        cache = CalibrationCache(Path(run.options.cache)) if run.options.cache else None
+        key = cache.key(model_key(run), run.fingerprint, taps) if cache else ""
+        cached = cache.get(key) if cache else None
+        if cached is not None:
+            run.stats, run.samples = cached.stats, cached.samples
+            run.notes.append("statistics came from the cache")
+            return
+        result = collect(
+            model,
+            taps,
+            samples,
+            batch_size=run.options.batch_size,
+            memory_bytes=run.options.memory_bytes,
+            threads=run.options.jobs,
+            progress=(lambda done, of: progress("calibrate", done, of)) if progress else None,
+            checkpoint=cache.checkpoint(key) if cache else None,
+        )
+        run.stats, run.samples = result.stats, result.samples
+        run.forward_seconds = result.forward_seconds
+        if cache:
+            cache.put(key, result)
+
+
+def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, TensorStats]:
+    stats, meta = load_stats(path)
+    if meta.get("model") != model_key(run):
+        raise RecipeError(
+            "the statistics belong to another model, or to other rewrites of it",
+            where=str(path),
+            fix="run qpass calibrate with the same options",
+        )
+    missing = [tap.tensor for tap in taps if tap.tensor not in stats]
+    if missing:
+        raise RecipeError(
+            f"the statistics lack {len(missing)} tensors, first {missing[0]}",
+            where=str(path),
+            fix=f"run qpass calibrate again with --target {run.target.name}",
+        )
+    run.samples = int(meta.get("samples", 0))
+    return stats
+
+
+def take_batches(run: Run, samples: Samples) -> None:
+    """Keep a few batches of calibration samples for rounding and compensation."""
+    assert run.graph is not None
+    if run.options.compensate != "none" or run.options.round in ROUND_WITH_DATA:
+        inputs = input_specs(run.graph.to_model(stub_above=1024))
+        some = islice(iter(samples), COMPENSATION_SAMPLES)
+        run.batches = [feeds for _, feeds in batches(some, run.options.batch_size, inputs)]

@@ -1,0 +1,83 @@
+"""What a site of scale migration consists of: readers, products of activations, constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qpass.graph import Node
+from qpass.passes.affine.absorb import LinearReader
+from qpass.passes.equalize.labels import Labels
+
+# What takes the scale in front: a norm, a linear op, another constant; with products of activations
+# between: softmax(A) V, or Q K^T, of which one side takes the scale and the other its inverse.
+Kind = Literal["norm", "linear", "value", "logits", "constant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A constant that takes scales: input `index` of `node` times ``s[labels] ** power``.
+
+    `labels` broadcast against the constant.
+    """
+
+    node: Node
+    index: int
+    labels: Labels
+    power: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A linear op whose input is times ``s[labels] ** power``: its weight takes the inverse."""
+
+    linear: LinearReader
+    labels: Labels  # one for each input channel
+    power: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A MatMul of two activations of which `operand` (1) or both (-1) are scaled.
+
+    `labels` are those of the right operand; with both, the left has them transposed.
+    """
+
+    node: Node
+    both: bool
+    labels: Labels
+    power: int  # of the right operand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A place for one set of scales, numbered from 1; label 0 is the scale 1.
+
+    shift: the constant that an offset can be subtracted from, in front of the scale: the bias of a
+    norm, or that of V (rows of a softmax sum to one, so an offset of V is one of the product). All
+    readers make up for it in biases that are there.
+    """
+
+    tensor: str
+    kind: Kind
+    groups: int
+    readers: tuple[Reader, ...] = ()
+    products: tuple[Product, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    tensors: frozenset[str] = frozenset()  # everything that is scaled
+    shift: Slot | None = None
+
+    @property
+    def name(self) -> str:
+        """The linear op the site stands for, for reports."""
+        nodes = [r.linear.node for r in self.readers] + [p.node for p in self.products]
+        return str(nodes[0].name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A tensor whose scale nothing takes up; `readers` could take theirs behind a bought Mul."""
+
+    tensor: str
+    reason: str
+    readers: tuple[Reader, ...]

@@ -1,0 +1,153 @@
+"""Round an integer weight again after its float values were scaled by channel.
+
+What it does
+    A gain per channel goes into the weight's scales where there is one scale per channel. One scale
+    for the whole weight (QNN's MatMul, power-of-two targets), or one shared by the groups of a
+    ConvTranspose, cannot take it; the float weight can, and is rounded to integers once more.
+    Scales grow where the scaled weight needs it, by a power of two where they were powers of two,
+    so the grid stays the one that the target asked for.
+Why it is correct
+    Nothing else knows the float weight: the new integers are the nearest ones to ``gain * w`` on
+    their grid. They are other integers than before, so their rounding differs; whoever calls it has
+    to look at the output again.
+Preconditions
+    The integers are what rounding the float weight to the nearest gives. A weight that was rounded
+    by another method would lose what that method gained: it is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import helper
+
+from qpass.dtypes import StorageType, storage_of
+from qpass.graph import Constant, Graph, Node, array_of
+from qpass.passes.channel_affine import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """How integers came from a float weight.
+
+    `low` and `high` are the integers in use, relative to the zero point `zero`: a storage type may
+    hold fewer bits than it could. `axis` is that of the scales, None for one scale.
+    """
+
+    weight: Array  # float
+    scale: Array
+    zero: Array
+    axis: int | None
+    low: int
+    high: int
+    powers_of_two: bool
+
+    def along(self, values: Array) -> Array:
+        """Give one value for each scale the shape that broadcasts over the weight."""
+        if self.axis is None:
+            return values.reshape(())
+        shape = [-1 if i == self.axis else 1 for i in range(self.weight.ndim)]
+        return values.reshape(shape)
+
+    def round(self, weight: Array, scale: Array) -> Array:
+        """Return the nearest integers, relative to the zero point, float64."""
+        ratio = weight.astype(np.float32) / self.along(scale).astype(np.float32)
+        return np.clip(np.rint(ratio), self.low, self.high)
+
+
+def find_rounding(dequantizer: Node, weight: Constant) -> Rounding | str:
+    """Return how the integers behind `dequantizer` came from `weight`, or why that is unknown."""
+    stored = dequantizer.inputs[0]
+    if not isinstance(stored, Constant) or dequantizer.attrs.get("block_size", 0):
+        return "its scales belong to blocks"
+    values, kept = array_of(weight), array_of(stored)
+    integers = kept.astype(np.int64)
+    scale = array_of(dequantizer.inputs[1])
+    if values.shape != integers.shape:
+        return "its integers have another shape than the float weight"
+    zero = np.zeros(scale.shape, np.int64)
+    if len(dequantizer.inputs) > 2:
+        zero = array_of(dequantizer.inputs[2]).astype(np.int64)
+    axis = int(dequantizer.attrs.get("axis", 1)) % values.ndim if scale.ndim else None
+    if np.unique(zero).size != 1:
+        return "its zero points differ"
+    storage = storage_of(helper.np_dtype_to_tensor_dtype(kept.dtype))
+    low, high = _used(integers - int(zero.flat[0]), storage, int(zero.flat[0]))
+    rounding = Rounding(
+        weight=values,
+        scale=scale,
+        zero=zero,
+        axis=axis,
+        low=low,
+        high=high,
+        powers_of_two=bool((np.frexp(scale)[0] == 0.5).all()),
+    )
+    nearest = rounding.round(values, scale)
+    if (np.abs(integers - int(zero.flat[0]) - nearest) > 0).any():
+        return "its integers are not the nearest ones to the float weight"
+    return rounding
+
+
+def _used(centred: Array, storage: StorageType, zero: int) -> tuple[int, int]:
+    """Return the ends of the smallest grid of a whole number of bits that holds the integers."""
+    largest = max(int(np.abs(centred).max(initial=1)), 1)
+    reach = (1 << largest.bit_length()) - 1
+    return max(storage.qmin - zero, -reach), min(storage.qmax - zero, reach)
+
+
+def scaled_weight(weight: Array, gain: Array, *, axis: int, groups: int = 1) -> Array:
+    """Return a weight whose output channel c is multiplied by ``gain[c]``, float64.
+
+    Args:
+        weight: of a linear op, any rank.
+        gain: one entry per output channel.
+        axis: of the output channels (of those of one group for ConvTranspose).
+        groups: of a ConvTranspose: they lie along axis 0.
+    """
+    wide = weight.astype(np.float64)
+    if groups == 1:
+        scaled: Array = wide * gain.reshape([-1 if i == axis else 1 for i in range(wide.ndim)])
+        return scaled
+    rows, columns = wide.shape[:2]
+    split = wide.reshape(groups, rows // groups, columns, *wide.shape[2:])
+    shaped = gain.reshape(groups, 1, columns, *([1] * (wide.ndim - 2)))
+    product: Array = (split * shaped).reshape(wide.shape)
+    return product
+
+
+def solve_rounding(rounding: Rounding, weight: Array) -> tuple[Array, Array]:
+    """Return integers and scales for a changed float weight.
+
+    Scales stay as they are where the integers in use are enough, and grow where they are not.
+
+    Args:
+        rounding: of the weight as it was.
+        weight: what it is to be, the same shape.
+
+    Returns:
+        Integers with the zero point (int64) and scales (float32, the shape they had).
+    """
+    reach = np.where(weight < 0, weight / min(rounding.low, -1), weight / max(rounding.high, 1))
+    others = tuple(i for i in range(weight.ndim) if i != rounding.axis)
+    needed = reach.max(axis=others if rounding.axis is not None else None)
+    scale = rounding.scale.astype(np.float64)
+    growth = np.maximum(np.asarray(needed).reshape(scale.shape) / scale, 1.0)
+    if rounding.powers_of_two:
+        growth = np.exp2(np.ceil(np.log2(growth) - 1e-6))
+    new = (scale * growth).astype(np.float32)
+    return (rounding.round(weight, new) + int(rounding.zero.flat[0])).astype(np.int64), new
+
+
+def requantize(graph: Graph, dequantizer: Node, rounding: Rounding, weight: Array) -> None:
+    """Put a changed float weight, as integers and scales, behind `dequantizer` alone."""
+    integers, scale = solve_rounding(rounding, weight)
+    stored, old_scale = dequantizer.inputs[:2]
+    for index, tensor, values in (
+        (0, stored, integers.astype(array_of(stored).dtype)),
+        (1, old_scale, scale),
+    ):
+        new = graph.constant(tensor.name, values)
+        graph.set_input(dequantizer, index, new)
+        if not tensor.outputs and tensor.name not in graph.captured:
+            new.name = tensor.name

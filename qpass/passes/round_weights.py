@@ -1,0 +1,247 @@
+"""Round weights by what they do to the outputs, not one by one to nearest.
+
+What it does
+    Walks the linear ops in execution order with the activations of both graphs at hand, and writes
+    new integers (and the offset that goes with them) into the quantized graph:
+    ``gptq`` rounds the float weight against the Hessian of the quantized input;
+    ``erq`` first refits the float weight to the quantized input, then rounds by halves;
+    ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
+    minus the quantized skip, rounds it as gptq does, and sweeps back over the unit.
+Why it never makes a layer worse
+    A quarter of the batches is held out. The new integers of a layer have to give a smaller error
+    there than rounding to nearest, otherwise those stay, and the report says so.
+What stays
+    Scales, zero points, types, nodes and edges: only integers and biases change, so nothing costs
+    more at run time.
+Preconditions
+    `insert_qdq` has run, biases are still float, names of the two graphs agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.graph import Graph, array_of
+from qpass.passes.rounding.basic_units import find_basic_units
+from qpass.passes.rounding.erq import solve_erq
+from qpass.passes.rounding.gptq import factorize, solve_gptq
+from qpass.passes.rounding.hessian import InputSums
+from qpass.passes.rounding.layer import Layer, find_layers
+from qpass.passes.rounding.refit import HeldRows, choose_refit
+from qpass.passes.rounding.unit import sweep_back
+from qpass.program import Progress
+from qpass.qparams import QParams
+from qpass.report.model import PassReport, Refusal
+from qpass.stream import Pair, Step, Stream
+from qpass.submodel import Feeds
+from qpass.units import split_into_units
+
+Array = NDArray[Any]
+Method = Literal["gptq", "erq", "unit"]
+# Rows that enter the sums: so many for each input, for they have to span its space well.
+ROWS_PER_INPUT: Final = 32
+LEAST_ROWS: Final = 4096
+HELD_ROWS: Final = 2048
+# With few rows the Hessian says more than the samples know: stronger dampings compete then.
+DAMPINGS: Final = (0.01, 0.1, 1.0)
+ENOUGH_ROWS: Final = 8  # for each input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedLayer:
+    """New constants of one op: `integers` as the graph stores them, and what the bias got."""
+
+    integers: Array
+    offsets: tuple[Array, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """Result of `round_weights`: what changed, by name of the linear op."""
+
+    report: PassReport
+    layers: Mapping[str, RoundedLayer]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Walk:
+    method: Method
+    first_held: int  # number of the first batch that is held out
+    random: np.random.Generator
+    rounded: dict[str, Layer] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Leave a layer as it is."""
+        self.refusals.append(Refusal(rule=f"round {self.method}", where=name, reason=reason))
+
+    def result(self, begin: float) -> Rounding:
+        """Return what the walk did; `begin` is when it began."""
+        report = PassReport(
+            name="round_weights",
+            changed=len(self.rounded),
+            refusals=tuple(self.refusals),
+            seconds=time.perf_counter() - begin,
+        )
+        layers = {
+            name: RoundedLayer(
+                integers=array_of(layer.stored.constant), offsets=tuple(layer.offsets)
+            )
+            for name, layer in self.rounded.items()
+        }
+        return Rounding(report=report, layers=layers)
+
+
+def round_weights(
+    reference: Graph,
+    quantized: Graph,
+    batches: Sequence[Feeds],
+    numbers: Mapping[str, QParams],
+    *,
+    method: Method,
+    memory_bytes: int = 1 << 30,
+    holdout: float = 0.25,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Rounding:
+    """Replace the integers of `quantized` by better ones, layer by layer.
+
+    Args:
+        reference: the float graph; not changed.
+        quantized: the same graph after `insert_qdq`; changed in place.
+        batches: calibration inputs by name; the last ones are held out.
+        numbers: scale and zero point of each weight, by name of the linear op.
+        method: see the docstring of the module.
+        memory_bytes: activations above this go to files.
+        holdout: share of the batches that judge; at least one.
+        threads: threads of each session.
+        seed: of the choice of rows.
+        progress: told after each unit.
+    """
+    begin = time.perf_counter()
+    held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
+    walk = _Walk(method=method, first_held=len(batches) - held, random=np.random.default_rng(seed))
+    if held < 1:
+        walk.refuse("model", "there is only one batch: nothing could be held out to judge by")
+        return walk.result(begin)
+    ends = [unit[-1] for unit in find_basic_units(reference)] if method == "unit" else None
+    names = iter([node.name for node in reference.nodes])
+    with Stream(
+        reference,
+        quantized,
+        batches,
+        memory_bytes=memory_bytes,
+        threads=threads,
+        stage=f"round ({method})",
+        progress=progress,
+        units=split_into_units(reference, ends),
+    ) as stream:
+        layers, refused = find_layers(reference, quantized, numbers)
+        for name, reason in refused.items():
+            walk.refuse(name, f"{reason}: the nearest integers stay")
+        for step in stream:
+            inside = [layers[name] for name in islice(names, step.unit.nodes) if name in layers]
+            rounded = [layer for layer in inside if _round(stream, step, layer, walk)]
+            if method == "unit":
+                for name, reason in sweep_back(stream, rounded, walk.first_held):
+                    walk.refuse(name, reason)
+    return walk.result(begin)
+
+
+def replay(
+    rounding: Rounding, reference: Graph, quantized: Graph, numbers: Mapping[str, QParams]
+) -> PassReport:
+    """Write what `round_weights` found into another copy of the graph that it worked on."""
+    begin = time.perf_counter()
+    layers, _ = find_layers(reference, quantized, numbers)
+    for name, rounded in rounding.layers.items():
+        layers[name].stored.write(quantized, rounded.integers)
+        for offset in rounded.offsets:  # one by one: the bias is rounded to float32 each time
+            layers[name].write_offset(quantized, offset)
+    return replace(rounding.report, seconds=time.perf_counter() - begin)
+
+
+def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
+    """Round one layer; True when that is better on the held-out rows and was written."""
+    sums, held = _measure(stream, step, layer, walk)
+    grid, weight = layer.grid(), layer.weight()
+    wanted = weight
+    if walk.method in ("erq", "unit"):
+        wanted, _ = choose_refit(weight, sums, held)
+    error = plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())
+    integers: Array | None = None
+    reason = ""
+    for damping in DAMPINGS:
+        factor = factorize(sums.xx, damping=damping)
+        if isinstance(factor, str):
+            reason = factor
+            break
+        solve = solve_erq if walk.method == "erq" else solve_gptq
+        candidate = solve(wanted, factor, grid)
+        found = float(held.error(grid.values(candidate), sums).sum())
+        if found < error:
+            error, integers = found, candidate
+        elif integers is not None:
+            break
+        else:
+            reason = f"squared error {found:.3g} on held-out rows, {plain:.3g} with those"
+        if integers is not None and sums.count >= ENOUGH_ROWS * layer.layout.inputs:
+            break
+    if integers is None:
+        walk.refuse(layer.name, f"{reason}: the nearest integers stay")
+        return False
+    layer.write(stream.quantized, integers)
+    if layer.site.offset:
+        layer.write_offset(stream.quantized, sums.offset(grid.values(integers)))
+    walk.rounded[layer.name] = layer
+    return True
+
+
+def _measure(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> tuple[InputSums, HeldRows]:
+    """Run the unit up to the layer; sum up its rows and keep those that are held out."""
+    layout, batches = layer.layout, len(stream.batches)
+    sums = InputSums(layout=layout, centered=layer.site.offset)
+    held: list[tuple[Array, Array]] = []
+    fit_rows = max(LEAST_ROWS, ROWS_PER_INPUT * layout.inputs) // walk.first_held
+    held_rows = HELD_ROWS // (batches - walk.first_held)
+    for batch, (inputs, wanted) in enumerate(_pairs(step, layer, walk)):
+        rows = layout.positions(wanted)
+        if batch < walk.first_held:
+            sums.update(inputs, wanted, _pick(rows, fit_rows, walk.random))
+        else:
+            picked = _pick(rows, held_rows, walk.random)
+            held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked)))
+    return sums, HeldRows(
+        inputs=np.concatenate([x for x, _ in held], axis=1),
+        wanted=np.concatenate([t for _, t in held], axis=1),
+    )
+
+
+def _pairs(step: Step, layer: Layer, walk: _Walk) -> Iterator[tuple[Array, Array]]:
+    """Yield for each batch the quantized input of a layer and what the product should give."""
+    # Only `unit` aims at residual sums; the methods that it is compared with know nothing of them.
+    skip = layer.skip if walk.method == "unit" else None
+    output, source = layer.original.outputs[0].name, layer.node.inputs[0].name
+    pairs = [Pair(float_name=output, quantized_name=source), *([skip] if skip else [])]
+    bias = layer.layout.along_channels(layer.bias().astype(np.float32))
+    for (wanted, inputs), *others in step.look(pairs):
+        aim = wanted - bias
+        for floating, quantized in others:
+            aim = aim + (floating - quantized)
+        yield inputs, aim
+
+
+def _pick(rows: int, quota: int, random: np.random.Generator) -> Array:
+    """Return the numbers of at most `quota` rows, sorted."""
+    quota = max(1, quota)
+    if rows <= quota:
+        return np.arange(rows)
+    return np.sort(random.choice(rows, quota, replace=False))

@@ -1,0 +1,222 @@
+"""Sweep back over a rounded basic unit, so that the errors of its layers cancel.
+
+For each layer before the last one of the unit whose output reaches the last one element by element:
+the residual at the end of the unit is taken back to the layer, other integers are proposed, the
+graph is run with them, and outputs are taken over where the unit's error falls (see `sweep`). Rows
+that are held out judge the whole; where they see no gain, the old integers come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.graph import Graph
+from qpass.passes.rounding.hessian import InputSums
+from qpass.passes.rounding.layer import Layer
+from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
+from qpass.stream import Side, Stream
+from qpass.submodel import Submodel
+
+Array = NDArray[Any]
+# Elements of the unfolded input of the last layer that a sweep looks at, in float64.
+ELEMENTS: Final = 1 << 23
+# Step of the difference quotient, as a share of the largest output.
+STEP: Final = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """One batch: inputs and output of the layer, input of the last one, and what that one lacks."""
+
+    source: Array
+    output: Array
+    last_input: Array
+    rest: Array  # wanted minus got, [groups, rows, outputs]
+
+
+def sweep_back(
+    stream: Stream, layers: Sequence[Layer], first_held: int
+) -> Iterator[tuple[str, str]]:
+    """Improve the layers before the last one, from back to front; yield (name, reason) of refusals.
+
+    Args:
+        stream: stands in the unit, which has been rounded.
+        layers: those of the unit that were rounded, in execution order.
+        first_held: number of the first batch that is held out.
+    """
+    for layer in reversed(layers[:-1]):
+        if is_elementwise_between(stream.reference, layer.original, layers[-1].original):
+            reason = _sweep(stream, layer, layers[-1], first_held)
+            if reason:
+                yield layer.name, f"sweep: {reason}"
+
+
+def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
+    """Sweep one layer; return why nothing was changed, or nothing."""
+    graph, centered = stream.quantized, last.site.offset
+    fit = _look(stream, layer, last, range(first_held))
+    held = _look(stream, layer, last, range(first_held, len(stream.batches)))
+    if not fit or not held:
+        return "one sample has too many positions"
+    weight, grid = last.grid().values(last.integers()), layer.grid()
+    mean = _mean([seen.rest for seen in fit]) if centered else 0.0
+    rest = [seen.rest - mean for seen in fit]
+    sums, energy = _slopes(stream, layer, last, fit, rest, weight)
+    old = layer.integers()
+    new = propose(grid.values(old), old, sums.xx, sums.xt, energy, grid)
+    if (new == old).all():
+        return ""
+    layer.write(graph, new)
+    change = _changes(stream, last, fit, 0)
+    held_change = _changes(stream, last, held, first_held)
+    mean_change = _mean(change) if centered else 0.0
+    accepted, _ = accept(
+        np.concatenate(rest, axis=1),
+        np.concatenate(change, axis=1) - mean_change,
+        weight,
+        last.layout,
+    )
+    kept = np.repeat(accepted, last.layout.columns_per_channel).reshape(last.layout.groups, 1, -1)
+    shift = (mean_change * kept) @ weight  # goes into the offset of the last layer
+    before = after = 0.0
+    for seen, moved in zip(held, held_change, strict=True):
+        missing = seen.rest - mean
+        before += float(np.square(missing).sum())
+        after += float(np.square(missing - (moved * kept) @ weight + shift).sum())
+    if not after < before:
+        layer.write(graph, old)
+        return "no gain at the end of the unit on held-out rows"
+    by_output = accepted.reshape(layer.layout.groups, 1, layer.layout.outputs)
+    layer.write(graph, np.where(by_output, new, old))
+    if centered:
+        last.write_offset(graph, -shift)
+    return ""
+
+
+def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Seen]:
+    """Run the first of some batches, as many as `ELEMENTS` allow; maybe not even one sample."""
+    skip = last.skip
+    wanted_names = [last.original.outputs[0].name, *([skip.float_name] if skip else [])]
+    source, tap, target, got = (
+        layer.node.inputs[0].name,
+        layer.site.tap,
+        last.node.inputs[0].name,
+        last.site.tap,
+    )
+    names = [source, tap, target, got, *([skip.quantized_name] if skip else [])]
+    floating = _Side(stream, "float", stream.reference, wanted_names)
+    quantized = _Side(stream, "quantized", stream.quantized, names)
+    found: list[_Seen] = []
+    room = ELEMENTS
+    for number in numbers:
+        wanted, values = floating.run(number), quantized.run(number)
+        aim = wanted[wanted_names[0]]
+        if skip is not None:
+            aim = aim + (wanted[skip.float_name] - values[skip.quantized_name])
+        samples = len(aim)
+        each = last.layout.positions(aim) // samples * last.layout.groups * last.layout.inputs
+        taken = min(samples, room // each)
+        if not taken:
+            break
+        room -= taken * each
+        missing = (aim - values[got])[:taken]
+        rows = np.arange(last.layout.positions(missing))
+        found.append(
+            _Seen(
+                source=values[source][:taken],
+                output=values[tap][:taken],
+                last_input=values[target][:taken],
+                rest=last.layout.output_rows(missing, rows),
+            )
+        )
+    return found
+
+
+def _slopes(
+    stream: Stream,
+    layer: Layer,
+    last: Layer,
+    fit: Sequence[_Seen],
+    rest: Sequence[Array],
+    weight: Array,
+) -> tuple[InputSums, Array]:
+    """Return the sums ``x^T x`` and ``x^T g`` of the layer, and the curvature of its outputs."""
+    sums = InputSums(layout=layer.layout, centered=False)
+    axis = layer.site.axis
+    energy, count = np.zeros(layer.site.channels), 0
+    between = _Between(stream.reference, layer, last)
+    for seen, missing in zip(fit, rest, strict=True):
+        slope = between.derivative(seen.output)
+        back = last.layout.scatter(missing @ weight.swapaxes(1, 2), seen.last_input.shape)
+        rows = np.arange(layer.layout.positions(seen.output))
+        sums.update(seen.source, back * slope, rows)
+        by_channel = np.moveaxis(slope, axis, 0).reshape(len(energy), -1)
+        energy += np.square(by_channel, dtype=np.float64).sum(axis=1)
+        count += rows.size
+    columns = np.square(weight).sum(axis=2).reshape(len(energy), -1).sum(axis=1)
+    curvature = energy / count * columns
+    return sums, curvature.reshape(layer.layout.groups, layer.layout.outputs)
+
+
+def _changes(stream: Stream, last: Layer, seen: Sequence[_Seen], first: int) -> list[Array]:
+    """Return by how much the input rows of the last layer differ from those that were seen."""
+    name = last.node.inputs[0].name
+    side = _Side(stream, "quantized", stream.quantized, [name])
+    found = []
+    for number, one in enumerate(seen, start=first):
+        values = side.run(number)[name][: len(one.last_input)]
+        rows = np.arange(one.rest.shape[1])
+        found.append(
+            last.layout.input_rows(values, rows) - last.layout.input_rows(one.last_input, rows)
+        )
+    return found
+
+
+def _mean(parts: Sequence[Array]) -> Array:
+    """Return the mean row of some [groups, rows, n], as [groups, 1, n]."""
+    total = sum(part.sum(axis=1, keepdims=True) for part in parts)
+    mean: Array = total / sum(part.shape[1] for part in parts)
+    return mean
+
+
+class _Side:
+    """Some tensors of one graph, made from what is alive, batch by batch."""
+
+    def __init__(self, stream: Stream, side: Side, graph: Graph, names: Sequence[str]) -> None:
+        self._stream, self._side, self._names = stream, side, tuple(names)
+        alive = stream.feeds(side, 0)
+        made = list(dict.fromkeys(name for name in names if name not in alive))
+        self._session = stream.session(graph, side, made) if made else None
+
+    def run(self, batch: int) -> dict[str, Array]:
+        feeds = self._stream.feeds(self._side, batch)
+        found = {} if self._session is None else self._session.run(feeds)
+        return {name: found[name] if name in found else feeds[name] for name in self._names}
+
+
+class _Between:
+    """What lies between a layer and the last one in the float graph; works on elements."""
+
+    def __init__(self, graph: Graph, layer: Layer, last: Layer) -> None:
+        self._graph = graph
+        self._source, self._target = layer.original.outputs[0].name, last.original.inputs[0].name
+        self._session: Submodel | None = None
+
+    def derivative(self, output: Array) -> Array:
+        """Return the derivative at each element, by a difference quotient."""
+        if self._source == self._target:
+            return np.ones_like(output)
+        if self._session is None:
+            self._session = Submodel(self._graph, {self._source: output}, [self._target])
+        step = np.float32(STEP * float(np.abs(output).max(initial=1e-6)))
+        high, low = (
+            self._session.run({self._source: output + sign * step})[self._target]
+            for sign in (np.float32(1), np.float32(-1))
+        )
+        slope: Array = (high - low) / (2 * step)
+        return slope

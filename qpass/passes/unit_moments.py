@@ -1,0 +1,71 @@
+"""Run a unit in both graphs and gather what the fit of its linear op needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from qpass.passes.channel_affine import Array, PairMoments, merge_all
+from qpass.passes.fold_affine import Site
+from qpass.passes.output_range import Extremes
+from qpass.stream import Pair, Step
+
+GROUPS: Final = 8  # groups of samples a batch, to see how much channels differ between samples
+POSITIONS: Final = 1024  # of a feature map, that enter the sums
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """Sums of one unit: by group of samples to fit, in one for those held out."""
+
+    held: PairMoments
+    fit: list[PairMoments] = field(default_factory=list)
+    extremes: Extremes = field(default_factory=Extremes)
+
+
+def measure(step: Step, site: Site, skip: Pair | None, *, local: bool, first_held: int) -> Measured:
+    """Run the unit and collect what the fit needs.
+
+    Args:
+        step: the unit.
+        site: of its linear op.
+        skip: what is added behind the last linear op of a residual branch: the sum is aimed at.
+        local: aim at what the float op makes of the quantized input.
+        first_held: number of the first batch that nothing is fitted to.
+    """
+    measured = Measured(held=PairMoments.empty(site.channels))
+    also = () if skip is None else (skip,)
+    for tap in step.taps(site.tap, local=local, also=also):
+        got, floating = thinned(tap.quantized), thinned(tap.float)
+        wanted = floating if tap.local is None else thinned(tap.local)
+        for skip_float, skip_quantized in tap.also:
+            wanted = wanted + (thinned(skip_float) - thinned(skip_quantized))
+        parts = min(GROUPS, len(got))
+        groups = [
+            PairMoments.of(*pair, axis=site.axis)
+            for pair in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
+        ]
+        measured.extremes.update(got, floating, axis=site.axis)
+        if tap.batch < first_held:
+            measured.fit.extend(groups)
+        else:
+            measured.held = measured.held.merge(merge_all(groups))
+    return measured
+
+
+def thinned(x: Array) -> Array:
+    """Return at most about `POSITIONS` positions of each map of a [N, C, ...] array, as [N, C, P].
+
+    The stride has no common factor with the width, so that it does not keep to some columns: the
+    borders of a map, where padding shows, get their share.
+    """
+    if x.ndim < 4:
+        return x
+    flat = x.reshape(*x.shape[:2], -1)
+    stride = -(-flat.shape[-1] // POSITIONS)
+    while stride > 1 and math.gcd(stride, x.shape[-1]) > 1:
+        stride += 1
+    return flat[..., ::stride]

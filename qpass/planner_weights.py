@@ -1,0 +1,191 @@
+"""What the constants of a plan become: weights of linear ops, and constant inputs of followers.
+
+One decision serves all readers that want the same integers of a constant; a reader that wants
+others (another width, another axis) gets a decision of its own, with integers of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from qpass.bits import EDGE_BITS
+from qpass.dtypes import storage_for
+from qpass.graph import Constant, Node
+from qpass.matching import weight_axis
+from qpass.plan import Decision, DecisionKind, Edge
+from qpass.program import Policy
+from qpass.qparams import TensorSpec
+from qpass.targets.schema import OpRule, Target, WeightRule, with_bits
+
+DEFAULT_BLOCK: Final = 32  # rows of a weight below 8 bits that share a scale
+WIDE_BLOCK: Final = 128  # the same for tables at 8 bits
+
+
+class Keys:
+    """The keys of the decisions of one plan; each is given once."""
+
+    def __init__(self) -> None:
+        """Start with none taken."""
+        self._taken: set[str] = set()
+
+    def free(self, tensor: str) -> str:
+        """Return the tensor's name, with a number when it has a decision already."""
+        key, number = tensor, 1
+        while key in self._taken:
+            key, number = f"{tensor}#{number}", number + 1
+        self._taken.add(key)
+        return key
+
+
+def weight_spec(
+    node: Node, weight: Constant, rule: OpRule, target: Target, bits: int
+) -> TensorSpec:
+    """Return what the weight of a linear op becomes with at most `bits` bits.
+
+    A target may hold fewer (7 bits without VNNI). The axis is that of the output channels.
+    """
+    assert rule.weight is not None
+    spec, rank = with_bits(rule.weight, min(bits, rule.weight.bits)), len(weight.shape)
+    per_channel = spec.granularity == "per_channel" and (rank == 2 or node.op != "MatMul")
+    if node.op == "MatMul" and not target.per_channel_matmul:
+        per_channel = False
+    if per_channel:
+        return replace(spec, axis=weight_axis(node, rank))
+    return replace(spec, granularity="per_tensor", axis=None)
+
+
+def contraction_axis(node: Node, rank: int) -> int:
+    """Return the axis of the input channels in the weight of a linear op (ONNX operators)."""
+    if node.op == "Conv":
+        return 1
+    if node.op == "ConvTranspose":
+        return 0
+    if node.op == "Gemm":
+        return 1 if node.attrs.get("transB", 0) else 0
+    return rank - 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOnly:
+    """How a weight behind float activations is stored, and whether a kernel reads it so."""
+
+    spec: TensorSpec
+    precision: Literal["weights", "stored"]
+    because: str
+
+
+def weight_only(
+    node: Node, weight: Constant, rule: OpRule, target: Target, policy: Policy, bits: int
+) -> WeightOnly:
+    """Decide for a linear op with float activations: `bits`, granularity, kernel.
+
+    Blocks run along the contraction axis. Where the target takes no block of the wanted size for
+    this many rows, the next smaller one is taken, and one scale a channel when there is none.
+    """
+    rank = len(weight.shape)
+    axis = contraction_axis(node, rank)
+    own = target.weight_rule_for(node.op)
+    symmetric = not policy.asymmetric_weights
+    wanted = policy.block_size or (DEFAULT_BLOCK if bits < EDGE_BITS else None)
+    block, because = None, ""
+    if own is not None and wanted is not None:
+        block = own.block_for(int(weight.shape[axis]), wanted)
+        if block is not None and node.op.startswith("Conv") and weight.shape[axis] < block:
+            block = None  # a scale for each place of the kernel would weigh more than the weights
+        if block != wanted:
+            found = "one scale a channel" if block is None else f"blocks of {block}"
+            because = f"; {weight.shape[axis]} rows take no blocks of {wanted} here: {found}"
+    if block is not None or not symmetric:
+        spec = TensorSpec(
+            storage=storage_for(bits, signed=symmetric), symmetric=symmetric, bits=bits
+        )
+    else:
+        spec = weight_spec(node, weight, rule, target, bits)
+    if block is not None:
+        spec = replace(spec, granularity="per_block", axis=axis, block_size=block, half_scale=True)
+    elif not symmetric and (rank == 2 or node.op != "MatMul"):
+        spec = replace(spec, granularity="per_channel", axis=weight_axis(node, rank))
+    obstacle = _no_kernel(node, rank, own)
+    kernel = own.kernel if own is not None else ""
+    if obstacle:
+        text = f"integer weights in the file, {obstacle}"
+        return WeightOnly(spec=spec, precision="stored", because=text + because)
+    text = f"integer weights, float activations ({kernel})"
+    return WeightOnly(spec=spec, precision="weights", because=text + because)
+
+
+def embedding(node: Node, table: Constant, target: Target, policy: Policy, bits: int) -> WeightOnly:
+    """Decide for the table of an embedding: blocks along its rows, or one scale a row.
+
+    Eight bits are stored unsigned, because the kernel takes no signed bytes; 128 stands for 0.
+    """
+    own = target.weight_rule_for(node.op)
+    assert own is not None
+    symmetric = not policy.asymmetric_weights
+    wanted = policy.block_size or (DEFAULT_BLOCK if bits < EDGE_BITS else WIDE_BLOCK)
+    block = own.block_for(int(table.shape[1]), wanted)
+    signed = symmetric and (bits < EDGE_BITS or not own.kernel)
+    spec = TensorSpec(storage=storage_for(bits, signed=signed), symmetric=symmetric, bits=bits)
+    if block is None:
+        spec = replace(spec, granularity="per_channel", axis=0)
+    else:
+        spec = replace(spec, granularity="per_block", axis=1, block_size=block, half_scale=True)
+    if not own.kernel or block is None:
+        text = f"integer rows in the file, no kernel reads them for {node.op}"
+        return WeightOnly(spec=spec, precision="stored", because=text)
+    return WeightOnly(spec=spec, precision="weights", because=f"integer rows ({own.kernel})")
+
+
+def _no_kernel(node: Node, rank: int, rule: WeightRule | None) -> str:
+    """Return why no kernel reads integer weights of `node`, "" where one does."""
+    if rule is None or not rule.kernel:
+        return f"no kernel reads them for {node.op}"
+    if rank != 2:
+        return f"{rule.kernel} takes matrices only"
+    if node.op == "Gemm" and node.attrs.get("transB", 0) and not rule.transposed:
+        return f"{rule.kernel} takes no transposed weight"
+    return ""
+
+
+class ConstantDecisions:
+    """The decisions about constants, in the order in which they were made."""
+
+    def __init__(self, keys: Keys) -> None:
+        """Take free keys from `keys`."""
+        self._keys = keys
+        self._made: dict[tuple[str, TensorSpec, str], Decision] = {}
+
+    def add(
+        self,
+        node: Node,
+        index: int,
+        tensor: Constant,
+        spec: TensorSpec,
+        kind: DecisionKind,
+        because: str,
+        *,
+        shared: bool = True,
+    ) -> None:
+        """Decide that input `index` of `node` reads `tensor` as `spec`.
+
+        Without `shared` the node gets integers that no other reads: onnxruntime 1.31 makes a
+        MatMulNBits only of constants with one reader.
+        """
+        place = (tensor.name, spec, "" if shared else node.name)
+        edge, known = Edge(node=node.name, index=index), self._made.get(place)
+        if known is not None:
+            self._made[place] = replace(known, edges=(*(known.edges or ()), edge))
+            return
+        self._made[place] = Decision(
+            key=self._keys.free(tensor.name),
+            tensor=tensor.name,
+            kind=kind,
+            spec=spec,
+            edges=(edge,),
+            because=because,
+        )
+
+    def all(self) -> tuple[Decision, ...]:
+        """Return the decisions."""
+        return tuple(self._made.values())

@@ -1,0 +1,51 @@
+"""Check that what the user wants speaks of nodes and tensors that the model has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from qpass.embeddings import is_lookup
+from qpass.errors import RecipeError
+from qpass.graph import LINEAR_OPS, Constant, Graph
+from qpass.program import Policy
+
+
+def check_policy(graph: Graph, policy: Policy) -> None:
+    """Raise RecipeError for the first wish that concerns nothing in `graph`."""
+    _check_kept(graph, policy)
+    _check_bits(graph, policy)
+    tensors = graph.tensors()
+    for name in policy.ranges:
+        if name not in tensors:
+            raise RecipeError(f"the plan pins the range of {name}, which is not in the model")
+        if isinstance(tensors[name], Constant):
+            raise RecipeError(
+                f"the plan pins the range of {name}, which is a constant",
+                fix="the range of a constant is that of its values; set it to null",
+            )
+
+
+def _check_kept(graph: Graph, policy: Policy) -> None:
+    names = [node.name for node in graph.nodes]
+    for pattern in policy.keep:
+        single = replace(policy, keep=(pattern,), float_nodes={})
+        if not any(single.reason_to_keep(name) for name in names):
+            raise RecipeError(
+                f"--keep {pattern!r} matches no node",
+                fix="`qpass plan` lists the node names; patterns use *, ? and [ ]",
+            )
+
+
+def _check_bits(graph: Graph, policy: Policy) -> None:
+    linear = [node.name for node in graph.nodes if node.op in LINEAR_OPS or is_lookup(node)]
+    known = set(linear)
+    for pattern, precision in policy.node_bits.items():
+        if pattern in known or any(fnmatchcase(name, pattern) for name in linear):
+            continue
+        near = get_close_matches(pattern, linear, 3)
+        raise RecipeError(
+            f"{pattern!r}, which is to be {precision}, matches no Conv, Gemm, MatMul or embedding",
+            fix=f"did you mean {', '.join(near)}?" if near else "`qpass plan` lists the nodes",
+        )

@@ -1,0 +1,110 @@
+"""One run of the pipeline: its options, what it has found out so far, and its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qpass.calibrate import (
+    TensorStats,
+)
+from qpass.choose import QTable
+from qpass.graph import Graph
+from qpass.options import Options, parse_node_bits
+from qpass.passes.compensate_blocks import BlockCompensation
+from qpass.passes.compensation import Compensation
+from qpass.passes.round_weights import Rounding
+from qpass.plan import Plan
+from qpass.program import Policy, Precision, Progress
+from qpass.report.model import EngineReport, LayerReport, MixedReport, PassReport, RuntimeCost
+from qpass.stages import Stages
+from qpass.targets import Target, load_target
+from qpass.verify.session import SESSION_KEY, entries_for
+from qpass.version import __version__
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def model_key(run: Run) -> str:
+    """Return what the statistics of a run belong to: the file, and what was rewritten in it."""
+    assert run.graph is not None
+    rewritten = any(p.changed for p in run.passes if p.name != "normalize")
+    return sha256_of(run.source) + (f"-{run.graph.fingerprint()}" if rewritten else "")
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything that one run has found out so far; `qpass.result` makes the report of it."""
+
+    source: Path
+    options: Options
+    target: Target
+    policy: Policy
+    stages: Stages = field(default_factory=Stages)
+    graph: Graph | None = None  # normalized float graph, never changed after `prepare`
+    passes: list[PassReport] = field(default_factory=list)
+    plan: Plan | None = None
+    stats: dict[str, TensorStats] = field(default_factory=dict)
+    method: str = ""  # range method that won the trial
+    qtable: QTable | None = None
+    plain: Graph | None = None  # quantized, not compensated
+    quantized: Graph | None = None
+    batches: list[Mapping[str, Any]] = field(default_factory=list)  # to compensate with
+    rounding: tuple[Plan, Rounding] | None = None  # of the weights, and for which plan
+    compensation: Compensation | None = None
+    block_compensation: BlockCompensation | None = None
+    mixed: MixedReport | None = None
+    runtime_costs: list[RuntimeCost] = field(default_factory=list)
+    progress: Progress | None = None
+    engines: list[EngineReport] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # engine -> its own message
+    layers: list[LayerReport] = field(default_factory=list)
+    rounds: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    forward_seconds: float = 0.0
+    samples: int = 0
+    fingerprint: str = ""
+
+
+def start(source: Path, options: Options) -> Run:
+    """Check the options and load the target."""
+    policy = Policy(
+        precision=Precision.parse(options.precision),
+        activations=options.activations,
+        keep=options.keep,
+        node_bits=parse_node_bits(options.bits),
+        low_bit_edges=options.low_bit_edges,
+        block_size=options.block_size,
+        asymmetric_weights=options.asymmetric_weights,
+    )
+    return Run(source=source, options=options, target=load_target(options.target), policy=policy)
+
+
+def metadata_of(run: Run) -> dict[str, str]:
+    """Return the manifest that goes into the model: what it was made from, and how."""
+    options = {k: v for k, v in asdict(run.options).items() if k not in ("report", "cache", "jobs")}
+    assert run.plan is not None
+    session = entries_for(run.plan, run.target, run.options.accuracy_level)
+    return {
+        **({SESSION_KEY: json.dumps(session, sort_keys=True)} if session else {}),
+        "qpass.version": __version__,
+        "qpass.source_sha256": sha256_of(run.source),
+        "qpass.target": run.target.name,
+        "qpass.precision": run.options.precision,
+        "qpass.samples_sha256": run.fingerprint,
+        "qpass.options": json.dumps(options, sort_keys=True, default=list),
+        "qpass.onnx": onnx.__version__,
+    }

@@ -1,0 +1,374 @@
+"""Sites: every kind of producer takes the scale exactly; all else is refused with a reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qpass.graph import Graph
+from qpass.passes.equalize.apply import apply_scales, buy_mul
+from qpass.passes.equalize.site import Refused, Site
+from qpass.passes.equalize.sites import find_sites
+from qpass.passes.equalize.solve import Scales
+from tests.oracle import ort, ort_plain, reference, relative_error
+
+# About ten float32 roundings in a row, each 6e-8 of a sum with terms of both signs.
+EXACT = 1e-5
+
+
+def graph_of(body: str, signature: str, seed: int = 0, **shapes: tuple[int, ...]) -> Graph:
+    """Build a graph whose constants are random; those named *_i hold what is given."""
+    random = np.random.default_rng(seed)
+    constants = {
+        name: shape
+        if isinstance(shape, np.ndarray)
+        else random.uniform(0.5, 1.5, shape).astype(np.float32)
+        * random.choice([-1, 1], shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    text = f'<ir_version: 10, opset_import: ["" : 23]> g {signature} {{ {body} }}'
+    graph = Graph.from_text(text, **constants)
+    graph.infer_shapes()
+    return graph
+
+
+def places(graph: Graph) -> tuple[list[Site], list[Refused]]:
+    return find_sites(graph, [node.name for node in graph.nodes])
+
+
+def random_scales(site: Site, seed: int = 3) -> Scales:
+    random = np.random.default_rng(seed)
+    scale = np.exp2(random.uniform(-4, 4, site.groups + 1)).astype(np.float32).astype(np.float64)
+    shift = random.uniform(-1, 1, site.groups + 1).astype(np.float32).astype(np.float64)
+    scale[0], shift[0] = 1.0, 0.0
+    if site.shift is None:
+        shift[:] = 0.0
+    return Scales(method="random", scale=scale, shift=shift)
+
+
+def feeds_of(graph: Graph, seed: int = 5) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {t.name: random.standard_normal(t.shape).astype(np.float32) for t in graph.inputs}
+
+
+def assert_exact(before: Graph, after: Graph, engines=(reference, ort_plain, ort)) -> None:
+    feeds = feeds_of(before)
+    wanted = reference(before.to_model(), feeds)
+    for engine in engines:
+        assert relative_error(engine(after.to_model(), feeds), wanted) < EXACT, engine.__name__
+
+
+LINEAR = "(float[2,5,8] x) => (float[2,5,4] y)"
+IMAGE = "(float[2,3,9,9] x) => (float[2,4,h,w] y)"
+QKV = {"wq": (8, 8), "wk": (8, 8), "wv": (8, 8), "wo": (8, 4)}
+HEADS = {"split": np.array([2, 5, 2, 4]), "join": np.array([2, 5, 8])}
+
+# body, signature, constants, kind, ops whose constants took the scale
+EXACT_CASES = {
+    "layer norm": (
+        "n = LayerNormalization (x, g, b)  [fc] y = MatMul (n, w)",
+        LINEAR,
+        {"g": (8,), "b": (8,), "w": (8, 4)},
+        "norm",
+        {"LayerNormalization"},
+    ),
+    "layer norm with a shift": (
+        "n = LayerNormalization (x, g, b)  [fc] h = MatMul (n, w)  y = Add (h, c)",
+        LINEAR,
+        {"g": (8,), "b": (8,), "w": (8, 4), "c": (4,)},
+        "norm",
+        {"LayerNormalization"},
+    ),
+    "rms norm": (
+        "n = RMSNormalization (x, g)  [fc] y = MatMul (n, w)",
+        LINEAR,
+        {"g": (8,), "w": (8, 4)},
+        "norm",
+        {"RMSNormalization"},
+    ),
+    "linear, bias, leaky relu": (
+        "a = MatMul (x, v)  h = Add (a, b)  r = LeakyRelu <alpha = 0.1> (h)"
+        "  [fc] y = MatMul (r, w)",
+        LINEAR,
+        {"v": (8, 6), "b": (6,), "w": (6, 4)},
+        "linear",
+        {"MatMul", "Add"},
+    ),
+    "gemm": (
+        "a = Gemm <transB = 1> (x, v, b)  r = Relu (a)  [fc] y = Gemm (r, w)",
+        "(float[5,8] x) => (float[5,4] y)",
+        {"v": (6, 8), "b": (6,), "w": (6, 4)},
+        "linear",
+        {"Gemm"},
+    ),
+    "conv, relu, max pool": (
+        "a = Conv <pads = [1,1,1,1]> (x, v, b)  r = Relu (a)"
+        "  m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (r)"
+        "  [fc] y = Conv <pads = [1,1,1,1]> (m, w)",
+        IMAGE,
+        {"v": (6, 3, 3, 3), "b": (6,), "w": (4, 6, 3, 3)},
+        "linear",
+        {"Conv"},
+    ),
+    "depthwise": (
+        "a = Conv (x, v)  r = Relu (a)  [fc] d = Conv <group = 6, pads = [1,1,1,1]> (r, k)"
+        "  y = Conv (d, w)",
+        IMAGE,
+        {"v": (6, 3, 3, 3), "k": (6, 1, 3, 3), "w": (4, 6, 1, 1)},
+        "linear",
+        {"Conv"},
+    ),
+    "average pool and flatten": (
+        "a = Conv (x, v)  m = GlobalAveragePool (a)  f = Flatten (m)  [fc] y = Gemm (f, w)",
+        "(float[2,3,9,9] x) => (float[2,4] y)",
+        {"v": (6, 3, 3, 3), "w": (6, 4)},
+        "linear",
+        {"Conv"},
+    ),
+    "concat of two convolutions": (
+        "a = Conv (x, v)  b = Conv (x, u)  r = Relu (a)  q = Relu (b)"
+        "  c = Concat <axis = 1> (r, q)  [fc] y = Conv (c, w)",
+        IMAGE,
+        {"v": (6, 3, 3, 3), "u": (2, 3, 3, 3), "w": (4, 8, 1, 1)},
+        "linear",
+        {"Conv"},
+    ),
+    "batch norm behind an activation": (
+        "a = Conv (x, v)  s = Sigmoid (a)  n = BatchNormalization (s, g, b, m, d)"
+        "  [fc] y = Conv (n, w)",
+        IMAGE,
+        {
+            "v": (6, 3, 3, 3),
+            "g": (6,),
+            "b": (6,),
+            "m": (6,),
+            "d": np.linspace(0.5, 2, 6).astype(np.float32),
+            "w": (4, 6, 1, 1),
+        },
+        "norm",
+        {"BatchNormalization"},
+    ),
+    "constant factor": (
+        "t = Tanh (x)  n = Mul (t, g)  [fc] y = MatMul (n, w)",
+        LINEAR,
+        {"g": (8,), "w": (8, 4)},
+        "constant",
+        {"Mul"},
+    ),
+    "gated by an activation": (
+        "a = MatMul (x, v)  g = Sigmoid (a)  u = MatMul (x, t)  m = Mul (g, u)"
+        "  [fc] y = MatMul (m, w)",
+        LINEAR,
+        {"v": (8, 6), "t": (8, 6), "w": (6, 4)},
+        "linear",
+        {"MatMul"},
+    ),
+    "class token": (
+        "n = LayerNormalization (x, g, b)  t = Gather <axis = 1> (n, first)"
+        "  [fc] y = MatMul (t, w)",
+        "(float[2,5,8] x) => (float[2,4] y)",
+        {"g": (8,), "b": (8,), "first": np.array(0), "w": (8, 4)},
+        "norm",
+        {"LayerNormalization"},
+    ),
+    "three readers share": (
+        "n = LayerNormalization (x, g, b)  [q] q = MatMul (n, w)  [k] k = MatMul (n, v)"
+        "  s = Sigmoid (k)  y = Mul (q, s)",
+        LINEAR,
+        {"g": (8,), "b": (8,), "w": (8, 4), "v": (8, 4)},
+        "norm",
+        {"LayerNormalization"},
+    ),
+    "a slice of the channels": (
+        "n = LayerNormalization (x, g, b)  p, q = Split <axis = 2, num_outputs = 2> (n)"
+        "  t = Tanh (q)  [fc] a = MatMul (p, w)  y = Add (a, t)",
+        LINEAR,
+        {"g": (8,), "b": (8,), "w": (4, 4)},
+        "norm",
+        {"LayerNormalization"},
+    ),
+}
+ATTENTION = (
+    "q = MatMul (x, wq)  k = MatMul (x, wk)  v = MatMul (x, wv)"
+    "  q4 = Reshape (q, split)  k4 = Reshape (k, split)  v4 = Reshape (v, split)"
+    "  qt = Transpose <perm = [0,2,1,3]> (q4)  kt = Transpose <perm = [0,2,3,1]> (k4)"
+    "  vt = Transpose <perm = [0,2,1,3]> (v4)"
+    "  [qk] l = MatMul (qt, kt)  a = Softmax (l)  [av] o4 = MatMul (a, vt)"
+    "  ot = Transpose <perm = [0,2,1,3]> (o4)  o = Reshape (ot, join)  [fc] y = MatMul (o, wo)"
+)
+
+
+@pytest.mark.parametrize("name", EXACT_CASES)
+def test_the_float_function_stays(name):
+    body, signature, constants, kind, takers = EXACT_CASES[name]
+    graph = graph_of(body, signature, **constants)
+    after = graph.copy()
+    found = {site.name: site for site in places(after)[0]}
+    site = found.get("fc") or found["q"]
+    assert site.kind == kind
+    assert {slot.node.op for slot in site.slots} == takers
+    assert (site.shift is not None) == (name == "layer norm with a shift")
+    nodes = len(after.nodes)
+    assert apply_scales(after, site, random_scales(site)) == ""
+    assert len(after.nodes) == nodes
+    assert_exact(graph, after)
+
+
+def test_attention_has_a_site_in_v_and_one_between_q_and_k():
+    graph = graph_of(ATTENTION, LINEAR, **QKV, **HEADS)
+    after = graph.copy()
+    found = {site.kind: site for site in places(after)[0]}
+    assert set(found) == {"value", "logits"}
+    assert found["value"].groups == found["logits"].groups == 8
+    for site in found.values():
+        assert apply_scales(after, site, random_scales(site)) == ""
+    assert_exact(graph, after)
+
+
+def test_attention_with_biases_takes_an_offset_of_v():
+    body = ATTENTION.replace("v = MatMul (x, wv)", "v0 = MatMul (x, wv)  v = Add (v0, bv)")
+    body = body.replace("[fc] y = MatMul (o, wo)", "[fc] y0 = MatMul (o, wo)  y = Add (y0, bo)")
+    graph = graph_of(body, LINEAR, **QKV, **HEADS, bv=(8,), bo=(4,))
+    after = graph.copy()
+    site = next(site for site in places(after)[0] if site.kind == "value")
+    assert site.shift is not None
+    assert apply_scales(after, site, random_scales(site)) == ""
+    assert_exact(graph, after)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = LayerNormalization (x, g, b)  s = Sigmoid (x)  m = Mul (n, s)"
+        "  [fc] h = MatMul (m, w)  y = Add (h, c)",
+        "n = LayerNormalization (x, g, b)  r = Relu (n)  [fc] h = MatMul (r, w)  y = Add (h, c)",
+        "n = LayerNormalization (x, g, b)  m = Concat <axis = 1> (n, k)"
+        "  [fc] h = MatMul (m, w)  z = Add (h, c)  y = Slice (z, from, to, axis)",
+    ],
+    ids=["gate", "relu", "joined with a constant"],
+)
+def test_a_scale_passes_where_an_offset_does_not(body):
+    graph = graph_of(
+        body,
+        LINEAR,
+        g=(8,),
+        b=(8,),
+        w=(8, 4),
+        c=(4,),
+        k=(2, 1, 8),
+        **{"from": np.array([0]), "to": np.array([5]), "axis": np.array([1])},
+    )
+    after = graph.copy()
+    site = next(site for site in places(after)[0] if site.name == "fc")
+    assert site.shift is None
+    assert apply_scales(after, site, random_scales(site)) == ""
+    assert_exact(graph, after)
+
+
+def test_the_scaled_tensor_is_what_it_is_said_to_be():
+    body, signature, constants, _, _ = EXACT_CASES["layer norm with a shift"]
+    graph = graph_of(body, signature, **constants)
+    after = graph.copy()
+    (site,) = places(after)[0]
+    scales = random_scales(site)
+    apply_scales(after, site, scales)
+    feeds = feeds_of(graph)
+    before, scaled = (
+        reference(g.to_model(taps=[site.tensor]), feeds)[site.tensor] for g in (graph, after)
+    )
+    wanted = (before - scales.shift[1:]) / scales.scale[1:]
+    np.testing.assert_allclose(scaled, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bought_mul_is_exact_and_serves_all_readers():
+    graph = graph_of(
+        "t = Gelu (x)  [a] p = MatMul (t, w)  [b] q = MatMul (t, v)  y = Add (p, q)",
+        LINEAR,
+        w=(8, 4),
+        v=(8, 4),
+    )
+    after = graph.copy()
+    sites, refused = places(after)
+    assert not sites
+    place = next(r for r in refused if r.tensor == "t")
+    assert [r.linear.node.name for r in place.readers] == ["a", "b"]
+    scales = Scales(
+        method="random", scale=np.array([1.0, *np.linspace(0.3, 9, 8)]), shift=np.zeros(9)
+    )
+    assert buy_mul(after, "t", place.readers, scales) == ""
+    after.sort()
+    assert [node.op for node in after.nodes].count("Mul") == 1
+    assert_exact(graph, after)
+
+
+REFUSALS = {
+    "non-linear in front": ("t = Gelu (x)  [fc] y = MatMul (t, w)", "Gelu in front"),
+    "input of the model": ("[fc] y = MatMul (x, w)", "is an input of the model"),
+    "residual edge": (
+        "n = LayerNormalization (x, g, b)  a = MatMul (n, v)  r = Add (n, a)"
+        "  [fc] y = MatMul (r, w)",
+        "residual edge",
+    ),
+    "another reader": (
+        "n = LayerNormalization (x, g, b)  [fc] h = MatMul (n, w)  s = Softmax (n)"
+        "  t = MatMul (s, w)  y = Add (h, t)",
+        "Softmax",
+    ),
+    "clip in front": (
+        "a = MatMul (x, v)  r = Clip (a, low, high)  [fc] y = MatMul (r, w)",
+        "Clip in front",
+    ),
+    "norm over two axes": (
+        "n = LayerNormalization <axis = 1> (x, g2)  [fc] y = MatMul (n, w)",
+        "LayerNormalization",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_it_refuses_with_a_reason(name):
+    body, reason = REFUSALS[name]
+    graph = graph_of(
+        body,
+        LINEAR,
+        **{
+            key: value
+            for key, value in {
+                "w": (8, 4),
+                "v": (8, 8),
+                "g": (8,),
+                "b": (8,),
+                "g2": (5, 8),
+                "low": np.array(0, np.float32),
+                "high": np.array(6, np.float32),
+            }.items()
+            if f"{key})" in body or f" {key}," in body
+        },
+    )
+    sites, refused = places(graph)
+    assert "fc" not in {site.name for site in sites}
+    where = {r.tensor: r.reason for r in refused}
+    assert reason in where[graph.node("fc").inputs[0].name]
+
+
+def test_an_output_of_the_model_is_not_scaled():
+    graph = graph_of(
+        "n = LayerNormalization (x, g, b)  [fc] y = MatMul (n, w)",
+        "(float[2,5,8] x) => (float[2,5,8] n, float[2,5,4] y)",
+        g=(8,),
+        b=(8,),
+        w=(8, 4),
+    )
+    sites, refused = places(graph)
+    assert not sites
+    assert "output of the model" in refused[0].reason
+
+
+def test_numbers_that_overflow_are_refused_and_nothing_changes():
+    body, signature, constants, _, _ = EXACT_CASES["layer norm"]
+    graph = graph_of(body, signature, **constants)
+    (site,) = places(graph)[0]
+    before = graph.fingerprint()
+    scales = Scales(method="x", scale=np.full(site.groups + 1, 1e39), shift=np.zeros(9))
+    assert "not finite" in apply_scales(graph, site, scales)
+    assert graph.fingerprint() == before

@@ -1,0 +1,138 @@
+"""Sweeping back over a unit: its error never rises, and the promised error is the real one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qpass.graph import Graph
+from qpass.passes.round_weights import round_weights
+from qpass.passes.rounding import unit as module
+from qpass.passes.rounding.grid import Grid
+from qpass.passes.rounding.layer import find_layers
+from qpass.passes.rounding.layout import Layout
+from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
+from qpass.stream import Stream
+from qpass.units import split_into_units
+from tests.rounded import numbers_of, quantized_at
+from tests.small_models import feeds_of, residual_cnn, transformer
+
+Array = np.ndarray[Any, Any]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), groups=st.integers(1, 3), kernel=st.integers(1, 3))
+def test_accepting_never_raises_the_error(seed: int, groups: int, kernel: int) -> None:
+    random = np.random.default_rng(seed)
+    layout = Layout(
+        op="Conv",
+        shape=(groups * 2, 4, kernel),
+        groups=groups,
+        inputs=4 * kernel,
+        outputs=2,
+        strides=(1,),
+        dilations=(1,),
+        pads=(0, 0),
+    )
+    rest = random.standard_normal((groups, 15, 2))
+    change = random.standard_normal((groups, 15, 4 * kernel)) * 0.3
+    weight = random.standard_normal((groups, 4 * kernel, 2))
+    accepted, left = accept(rest, change, weight, layout)
+    assert np.square(left).sum() <= np.square(rest).sum()
+    kept = np.repeat(accepted, kernel).reshape(groups, 1, -1)
+    np.testing.assert_allclose(left, rest - (change * kept) @ weight, atol=1e-12)
+
+
+def test_what_helps_is_accepted_and_what_harms_is_not() -> None:
+    layout = Layout(op="MatMul", shape=(2, 2), groups=1, inputs=2, outputs=2)
+    rest = np.array([[[1.0, 0.0], [0.0, -1.0]]])
+    change = np.array([[[1.0, 0.0], [0.0, 1.0]]])
+    accepted, left = accept(rest, change, np.eye(2)[None], layout)
+    assert accepted.tolist() == [True, False]
+    np.testing.assert_array_equal(left, [[[0.0, 0.0], [0.0, -1.0]]])
+
+
+def test_without_a_slope_nothing_is_proposed() -> None:
+    random = np.random.default_rng(0)
+    grid = Grid(scale=np.ones((1, 1, 3)), zero_point=np.zeros((1, 1, 3)), qmin=-7, qmax=7)
+    integers = np.rint(random.uniform(-5, 5, (1, 4, 3)))
+    x = random.standard_normal((20, 4))
+    still = propose(integers, integers, (x.T @ x)[None], np.zeros((1, 4, 3)), np.ones((1, 3)), grid)
+    np.testing.assert_array_equal(still, integers)
+    slope = (x.T @ x)[None] @ np.full((1, 4, 3), 1.0)  # every weight is one too small
+    moved = propose(integers, integers, (x.T @ x)[None], slope, np.ones((1, 3)), grid)
+    assert (moved >= integers).all()
+    assert (moved > integers).any()
+
+
+def test_only_elements_may_lie_between() -> None:
+    cnn, attention = residual_cnn(), transformer()
+    node = {n.outputs[0].name: n for graph in (cnn, attention) for n in graph.nodes}
+    assert is_elementwise_between(cnn, node["a"], node["b"])  # Relu
+    assert not is_elementwise_between(cnn, node["stem"], node["b"])  # a convolution
+    assert not is_elementwise_between(cnn, node["b"], node["c"])  # a sum with something else
+    names = {n.name: n for n in attention.nodes if n.op == "MatMul"}
+    products = [n for n in attention.nodes if n.op == "MatMul" and n.inputs[1].name.endswith("_w")]
+    assert len(names) > len(products)
+    by_weight = {n.inputs[1].name: n for n in products}
+    assert is_elementwise_between(attention, by_weight["up_w"], by_weight["down_w"])
+    assert not is_elementwise_between(attention, by_weight["qkv_w"], by_weight["proj_w"])
+
+
+@pytest.mark.parametrize("model", [residual_cnn, transformer])
+def test_the_error_of_the_unit_never_rises(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around each sweep the unit is run again: what it gives, not what was promised, counts."""
+    reference: Graph = model()
+    graph, table, plan = quantized_at(reference, "w3a8")
+    found: list[tuple[float, float]] = []
+    real = module._sweep
+
+    def error(stream: Any, layer: Any, last: Any, first_held: int) -> float:
+        rest = [seen.rest for seen in module._look(stream, layer, last, range(first_held))]
+        centered = np.concatenate(rest, axis=1) - module._mean(rest)
+        return float(np.square(centered).sum())
+
+    def watched(*where: Any) -> str:
+        before = error(*where)
+        reason = real(*where)
+        found.append((before, error(*where)))
+        if reason:
+            assert found[-1][0] == found[-1][1]
+        return reason
+
+    monkeypatch.setattr(module, "_sweep", watched)
+    round_weights(reference, graph, feeds_of(reference, 16), numbers_of(plan, table), method="unit")
+    assert found
+    # Both are float32 runs of the unit.
+    assert all(after <= before * (1.0 + 1e-6) for before, after in found)
+
+
+def test_a_bad_rounding_is_improved() -> None:
+    """Rounded down everywhere: a bias that shows at the end of the unit."""
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w3a8")
+    layers, _ = find_layers(reference, graph, numbers_of(plan, table))
+    nodes = {n.outputs[0].name: n.name for n in reference.nodes}
+    first, last = layers[nodes["a"]], layers[nodes["b"]]
+    grid = first.grid()
+    floor = np.clip(np.floor(first.weight() / grid.scale), grid.qmin, grid.qmax)
+    first.write(graph, floor)
+    units = split_into_units(reference, [nodes["stem"], nodes["b"], nodes["logits"]])
+    with Stream(reference, graph, feeds_of(reference, 16), units=units) as stream:
+        for step in stream:
+            if step.unit.tap == "b":
+                before = _error(module._look(stream, first, last, range(12)))
+                reasons = list(module.sweep_back(stream, [first, last], 12))
+                after = _error(module._look(stream, first, last, range(12)))
+    assert reasons == []
+    assert after < 0.95 * before
+    assert (first.integers() != floor).any()
+
+
+def _error(seen: list[Any]) -> float:
+    rest = np.concatenate([one.rest for one in seen], axis=1)
+    return float(np.square(rest - rest.mean(axis=1, keepdims=True)).sum())

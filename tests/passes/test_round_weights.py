@@ -1,0 +1,185 @@
+"""Rounding whole models: closer to float on unseen samples, and nothing but integers and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qpass
+from qpass.dtypes import INT8
+from qpass.errors import RecipeError
+from qpass.graph import Graph, array_of
+from qpass.passes.round_weights import Method, replay, round_weights
+from qpass.qparams import QParams
+from qpass.verify.metrics import sqnr_db
+from tests.folds import graph_of, normal, rounded
+from tests.jobs import CNN, DIGITS
+from tests.rounded import numbers_of, quantized_at
+from tests.small_models import feeds_of, residual_cnn, run, transformer
+
+METHODS: tuple[Method, ...] = ("gptq", "erq", "unit")
+MODELS: tuple[Callable[[], Graph], ...] = (residual_cnn, transformer)
+
+
+def fidelity(reference: Graph, graph: Graph) -> float:
+    """SQNR in dB on samples that nobody has seen."""
+    unseen = feeds_of(reference, 24, seed=99)
+    name = reference.outputs[0].name
+    wanted, got = (
+        np.concatenate([run(one.to_model(), feeds)[name] for feeds in unseen])
+        for one in (reference, graph)
+    )
+    return sqnr_db(wanted, got)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_closer_to_float_with_the_same_structure(
+    model: Callable[[], Graph], method: Method
+) -> None:
+    reference = model()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    numbers = numbers_of(plan, table)
+    before, structure = fidelity(reference, graph), graph.to_text()
+    scales = {
+        name: array_of(t).copy() for name, t in graph.tensors().items() if name.endswith("_scale")
+    }
+    rounding = round_weights(reference, graph, feeds_of(reference, 32), numbers, method=method)
+    assert fidelity(reference, graph) > before + 1.0
+    assert graph.to_text() == structure
+    for name, scale in scales.items():
+        np.testing.assert_array_equal(array_of(graph.tensors()[name]), scale)
+    assert rounding.report.changed == len(rounding.layers) > 0
+    names = {*rounding.layers, *(refusal.where for refusal in rounding.report.refusals)}
+    assert names == set(numbers)
+    for name, layer in rounding.layers.items():
+        integers = layer.integers.astype(np.int32)
+        assert integers.min() >= numbers[name].qmin
+        assert integers.max() <= numbers[name].qmax
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_and_a_replay_give_the_same_graph(method: Method) -> None:
+    reference = residual_cnn()
+    graphs, roundings = [], []
+    for _ in range(2):
+        graph, table, plan = quantized_at(reference, "w4a8")
+        numbers = numbers_of(plan, table)
+        batches = feeds_of(reference, 16)
+        roundings.append(round_weights(reference, graph, batches, numbers, method=method, seed=3))
+        graphs.append(graph)
+    again, table, plan = quantized_at(reference, "w4a8")
+    report = replay(roundings[0], reference, again, numbers_of(plan, table))
+    assert report.changed == roundings[0].report.changed
+    assert graphs[0].fingerprint() == graphs[1].fingerprint() == again.fingerprint()
+
+
+def test_activations_in_files_change_nothing() -> None:
+    reference = residual_cnn()
+    found = []
+    for memory in (1 << 30, 1 << 12):
+        graph, table, plan = quantized_at(reference, "w4a8")
+        round_weights(
+            reference,
+            graph,
+            feeds_of(reference, 8),
+            numbers_of(plan, table),
+            method="unit",
+            memory_bytes=memory,
+        )
+        found.append(graph.fingerprint())
+    assert found[0] == found[1]
+
+
+def test_one_batch_is_not_enough() -> None:
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    before = graph.fingerprint()
+    rounding = round_weights(
+        reference, graph, feeds_of(reference, 1), numbers_of(plan, table), method="gptq"
+    )
+    assert rounding.report.changed == 0
+    assert "held out" in rounding.report.refusals[0].reason
+    assert graph.fingerprint() == before
+
+
+def linear(weight: np.ndarray[Any, Any], body: str = "") -> tuple[Graph, Graph, QParams]:
+    """One MatMul, float and with the nearest integers of 4 bits."""
+    constants = rounded("w", weight, 1, steps=7)
+    scale = constants["w_scale"]
+    inputs, outputs = "float[N, 6] x", "float[N, 4] y"
+    body = body or "[fc] y = MatMul (x, w)"
+    dq = "w = DequantizeLinear <axis = 1> (w_int, w_scale, w_zero)\n"
+    numbers = QParams(
+        scale=scale, zero_point=np.zeros(4, np.int8), storage=INT8, qmin=-7, qmax=7,
+        axis=1,
+    )  # fmt: skip
+    return (
+        graph_of(inputs, outputs, body, w=weight),
+        graph_of(inputs, outputs, dq + body, **constants),
+        numbers,
+    )
+
+
+def rows(count: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    return [{"x": normal((16, 6), seed=i)} for i in range(count)]
+
+
+def test_integers_that_are_exact_stay() -> None:
+    """The gate: another rounding cannot be better, so none is written."""
+    scale = np.float32(0.25)
+    integers = np.random.default_rng(0).integers(-6, 7, (6, 4))
+    integers[0] = 7
+    reference, graph, numbers = linear((integers * scale).astype(np.float32))
+    rounding = round_weights(reference, graph, rows(8), {"fc": numbers}, method="gptq")
+    assert rounding.report.changed == 0
+    assert "the nearest integers stay" in rounding.report.refusals[0].reason
+    np.testing.assert_array_equal(array_of(graph.tensors()["w_int"]), integers)
+
+
+def test_a_layer_without_signal_is_named() -> None:
+    reference, graph, numbers = linear(normal((6, 4), seed=1))
+    nothing = [{"x": np.zeros((4, 6), np.float32)} for _ in range(4)]
+    rounding = round_weights(reference, graph, nothing, {"fc": numbers}, method="unit")
+    (refusal,) = rounding.report.refusals
+    assert refusal.where == "fc"
+    assert "always the same" in refusal.reason
+
+
+def test_shared_integers_are_refused() -> None:
+    body = "[fc] a = MatMul (x, w)\n[other] b = MatMul (x, w)\ny = Add (a, b)"
+    reference, graph, numbers = linear(normal((6, 4), seed=1), body)
+    rounding = round_weights(reference, graph, rows(8), {"fc": numbers}, method="gptq")
+    (refusal,) = rounding.report.refusals
+    assert "another op reads the same integers" in refusal.reason
+
+
+def test_digits_at_four_bits(tmp_path: Any) -> None:
+    """The whole way: options, calibration, rounding, verification."""
+    found = {}
+    for method in ("rtn", "unit"):
+        report = qpass.optimize(
+            CNN,
+            data=DIGITS,
+            precision="w4a8",
+            round=method,
+            compensate="none",
+            calibrate="minmax",
+            samples=48,
+            engines=("ort",),
+            output=tmp_path / f"{method}.onnx",
+        )
+        found[method] = report.engines[0].sqnr_db
+        passes = [p.name for p in report.passes]
+        assert ("round_weights" in passes) == (method == "unit")
+    assert found["unit"] is not None
+    assert found["rtn"] is not None
+    assert found["unit"] > found["rtn"] + 6.0
+
+
+def test_rounding_with_data_needs_data(tmp_path: Any) -> None:
+    with pytest.raises(RecipeError, match="--round gptq needs samples"):
+        qpass.optimize(CNN, precision="w4", round="gptq", output=tmp_path / "m.onnx")

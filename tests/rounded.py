@@ -1,0 +1,34 @@
+"""Graphs after `insert_qdq`, biases still float: what rounding and compensation work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qpass.choose import QTable
+from qpass.graph import Graph
+from qpass.passes.insert_qdq import insert_qdq
+from qpass.plan import Plan
+from qpass.planner import plan as make_plan
+from qpass.qparams import QParams
+from qpass.targets import load_target
+from tests.small_models import feeds_of, minmax, policy_of
+
+
+def quantized_at(reference: Graph, precision: str) -> tuple[Graph, QTable, Plan]:
+    """Return the graph with min/max numbers, rounded to nearest."""
+    policy = policy_of(precision, low_bit_edges=True)
+    plan = make_plan(reference, load_target("ort-x86"), policy)
+    table = minmax(reference, plan, feeds_of(reference, 8))
+    graph = reference.copy()
+    insert_qdq(graph, plan, table.qparams)
+    return graph, table, plan
+
+
+def numbers_of(plan: Plan, table: QTable) -> Mapping[str, QParams]:
+    """Return the numbers of the weights by name of the op."""
+    return {
+        edge.node: table.qparams[decision.key]
+        for decision in plan.weights()
+        if decision.kind == "weight"
+        for edge in decision.edges or ()
+    }

@@ -1,0 +1,214 @@
+"""Bits by layer for a budget: the search, what it says, and the plan that it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qpass.api import make_options
+from qpass.errors import RecipeError
+from qpass.knapsack import Point
+from qpass.mixed import MOST_POINTS, thinned
+from qpass.plan import read_plan
+from qpass.report.model import MixedReport, Report
+from tests.jobs import model_of, optimize, saved
+
+TEXT = """
+<ir_version: 10, opset_import: ["": 21]>
+small (float[N,3,8,8] x) => (float[N,4] y) {
+  [c0] a = Conv<pads = [1,1,1,1]>(x, w0)
+  [r0] b = Relu(a)
+  [c1] c = Conv<pads = [1,1,1,1]>(b, w1)
+  [r1] d = Relu(c)
+  [c2] e = Conv<pads = [1,1,1,1]>(d, w2)
+  [r2] f = Relu(e)
+  [c3] g = Conv(f, w3)
+  [r3] h = Relu(g)
+  [pool] i = GlobalAveragePool(h)
+  [flat] j = Flatten(i)
+  [head] y = Gemm<transB = 1>(j, w4)
+}
+"""
+SHAPES = {
+    "w0": (16, 3, 3, 3), "w1": (16, 16, 3, 3), "w2": (32, 16, 3, 3), "w3": (64, 32, 1, 1),
+    "w4": (4, 64),
+}  # fmt: skip
+DATA = {"x": np.random.default_rng(5).standard_normal((24, 3, 8, 8)).astype(np.float32)}
+QUICK: dict[str, Any] = {"compensate": "none", "equalize": False, "calibrate": "minmax"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return saved(model_of(TEXT, **SHAPES), tmp_path)
+
+
+def mixed(model: Path, **options: Any) -> tuple[Report, MixedReport]:
+    values = {"precision": "w4a8", "mixed": True, **QUICK, **options}
+    report = optimize(model, DATA, output=model.with_name("q.onnx"), **values)
+    assert report.mixed is not None
+    return report, report.mixed
+
+
+def bits_of(path: str) -> dict[str, str]:
+    return {n["name"]: n["bits"] for n in json.loads(Path(path).read_text())["nodes"] if n["bits"]}
+
+
+def widths(path: str) -> dict[str, int]:
+    """Bits of the stored weight of each layer, as the file has them."""
+    graph = onnx.load(path).graph
+    kinds = {t.name: t.data_type for t in graph.initializer}
+    made = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    found = {}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            dq = made.get(node.input[1])
+            kind = None if dq is None else kinds[dq.input[0]]
+            found[node.name] = {None: 32, onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}[kind]
+    return found
+
+
+def stored_bytes(path: str) -> int:
+    return sum(len(t.raw_data) for t in onnx.load(path).graph.initializer)
+
+
+def test_the_smallest_plan_that_was_measured_to_meet_the_budget(model: Path) -> None:
+    low = optimize(model, DATA, precision="w4a8", output=model.with_name("a.onnx"), **QUICK)
+    high = optimize(model, DATA, precision="w8a8", output=model.with_name("b.onnx"), **QUICK)
+    before, after = low.engines[0].sqnr_db, high.engines[0].sqnr_db
+    assert before is not None
+    assert after is not None
+    wanted = before + (after - before) / 4
+    report, found = mixed(model, min_sqnr=wanted)
+    assert report.ok
+    assert found.met
+    assert report.engines[0].sqnr_db >= wanted
+    sizes = [stored_bytes(r.output) for r in (low, report, high)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    (chosen,) = (p for p in found.points if p.chosen)
+    assert chosen.measured == pytest.approx(report.engines[0].sqnr_db, abs=0.01)
+    for point in found.points:  # nothing smaller that was measured meets it
+        if point.measured is not None and point.weight_bytes < chosen.weight_bytes:
+            assert point.measured < wanted
+    # What the report says is in the file.
+    said = {layer.name: layer.bits for layer in found.layers}
+    stored = {"w4a8": 4, "w8a8": 8, "float": 32}
+    assert widths(report.output) == {name: stored[bits] for name, bits in said.items()}
+    assert {4, 8} <= set(widths(report.output).values())
+
+
+def test_points_grow_in_size_and_in_predicted_accuracy(model: Path) -> None:
+    _, found = mixed(model, min_sqnr=20.0)
+    sizes = [p.weight_bytes for p in found.points]
+    predicted = [p.predicted_db for p in found.points]
+    assert sizes == sorted(set(sizes))
+    assert predicted == sorted(set(predicted))
+    assert found.points[-1].share_of_float < 1.0  # something is always in integers
+
+
+def test_a_budget_that_nothing_meets(model: Path) -> None:
+    report, found = mixed(model, min_sqnr=150.0)
+    assert not report.ok
+    assert not found.met
+    assert report.output.endswith(".rejected.onnx")
+    assert any("NO PLAN MEETS THE BUDGET" in note for note in report.notes)
+    best = max(p.measured for p in found.points if p.measured is not None)
+    assert next(p for p in found.points if p.chosen).measured == best
+
+
+def test_a_budget_that_the_lowest_bits_meet(model: Path) -> None:
+    report, found = mixed(model, min_sqnr=1.0)
+    assert report.ok
+    assert found.points[0].chosen
+    assert {layer.bits for layer in found.layers} == {"w4a8", "w8a8"}  # stem and head keep 8
+
+
+def test_the_plan_is_a_file_that_makes_the_result_again(model: Path) -> None:
+    report, found = mixed(model, min_sqnr=22.0)
+    path = Path(found.plan)
+    assert path.name == "q.plan.json"
+    edited = read_plan(path)
+    assert {str(p) for p in edited.node_bits.values()} <= {"w4a8", "w8a8"}
+    again = optimize(
+        model, DATA, precision="w4a8", plan=str(path), output=model.with_name("again.onnx"), **QUICK
+    )
+    weights = [
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer}
+        for p in (report.output, again.output)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, array in weights[0].items():
+        np.testing.assert_array_equal(array.astype(np.float32), weights[1][name].astype(np.float32))
+
+
+def test_bits_that_the_user_chose_are_kept(model: Path) -> None:
+    _, found = mixed(model, min_sqnr=150.0, bits=("c1=w4a8",))
+    assert {layer.name: layer.bits for layer in found.layers}["c1"] == "w4a8"
+
+
+def test_weights_alone(model: Path) -> None:
+    report, found = mixed(model, precision="w4", min_sqnr=25.0)
+    assert report.ok
+    assert {layer.bits for layer in found.layers} <= {"w4", "w8", "float"}
+
+
+METRIC = """
+import onnx
+import numpy as np
+import onnxruntime as ort
+
+CALLS = []
+
+
+def score(path):
+    CALLS.append(path)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(5).standard_normal((24, 3, 8, 8)).astype(np.float32)
+    return {"spread": -float(np.abs(session.run(None, {"x": x})[0] - REFERENCE).max())}
+"""
+
+
+def test_a_drop_of_the_users_metric(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mixed_metric.py").write_text(METRIC)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mixed_metric", raising=False)
+    import mixed_metric  # type: ignore[import-not-found]
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    mixed_metric.REFERENCE = session.run(None, DATA)[0]
+    drop = 0.05 * float(np.abs(mixed_metric.REFERENCE).max())
+    report, found = mixed(model, eval="mixed_metric:score", max_drop=drop)
+    assert report.ok
+    assert found.budget == "spread"
+    assert found.wanted == pytest.approx(-drop)
+    assert report.metric is not None
+    assert report.metric.drop <= drop
+    # float twice (budget, report), the result once, and once for each plan that was measured
+    assert len(mixed_metric.CALLS) == 3 + sum(p.measured is not None for p in found.points)
+
+
+def test_no_budget_no_search() -> None:
+    with pytest.raises(RecipeError, match="needs a budget"):
+        make_options(mixed=True)
+
+
+def test_samples_are_needed(model: Path) -> None:
+    with pytest.raises(RecipeError, match="needs samples"):
+        optimize(model, None, precision="w4", mixed=True, min_sqnr=20.0)
+
+
+def test_thinned_fronts_keep_their_ends() -> None:
+    front = [Point(size=float(i), error=1.0 / (i + 1), levels=(i,)) for i in range(1000)]
+    few = thinned(front)
+    assert len(few) == MOST_POINTS
+    assert (few[0], few[-1]) == (front[0], front[-1])
+    assert thinned(front[:5]) == front[:5]
