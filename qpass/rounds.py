@@ -151,7 +151,8 @@ def compare_engines(run: Run) -> None:
     own = run.engines[0] if run.engines else None
     if own is None:
         return
-    if note := saturation_note(run.target):
+    note = saturation_note(run.target)
+    if note and run.policy.precision.activation is not None:
         run.notes.append(note)
     if may_repair(run) and worth_repairing(own) and shows_speed(run.target):
         run.notes.append(

@@ -72,7 +72,7 @@ def test_every_linear_op_runs_in_integers(
     output = tmp_path / "q.onnx"
     report = optimize(
         model, DIGITS, target=target, output=output, engines=(name,), repair=False,
-        calibrate="minmax",
+        calibrate="minmax", samples=24,
     )  # fmt: skip
     wanted = [node for node in report.graph_map if node.op in LINEAR]
     assert {node.precision for node in wanted} == {"integer"}
