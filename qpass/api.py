@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Mapping
 from itertools import islice
@@ -33,7 +34,7 @@ from qpass.report.html import plotly_js, write_html
 from qpass.report.model import EngineReport, LayerReport, Report
 from qpass.result import build_report, evaluate_metric, gates_of, load_callable
 from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
-from qpass.run import Run, metadata_of, model_key, start
+from qpass.run import SCALED_KEY, Run, metadata_of, model_key, start
 from qpass.runtime_cost import runtime_costs
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
@@ -339,6 +340,14 @@ def verify(
     return reports
 
 
+def scaled_layers(a: str | Path, b: str | Path) -> frozenset[str]:
+    """Return the linear ops whose outputs were scaled in one of two models and not in the other."""
+    found = [json.loads(read_metadata(path).get(SCALED_KEY, "{}")) for path in (a, b)]
+    if found[0].get("key") == found[1].get("key"):
+        return frozenset()
+    return frozenset(name for one in found for name in one.get("layers", ()))
+
+
 def _comparable(path: Path) -> onnx.ModelProto:
     """Load a model; a float one in the normalized form that quantization starts from."""
     graph = load_model(
@@ -360,6 +369,9 @@ def compare(
 ) -> list[LayerDifference]:
     """Compare two models layer by layer; `a` is the reference.
 
+    Layers whose channels qpass has scaled in `b` (`--equalize`) mean something else there than in
+    the model that was exported: they are left out, `scaled_layers` names them.
+
     Args:
         a: reference model.
         b: model to be judged; layers are paired by node name.
@@ -373,7 +385,8 @@ def compare(
     settings = make_options(samples=samples or COMPARE_SAMPLES, preprocess=preprocess, **options)
     models = [_comparable(Path(path)) for path in (a, b)]
     source = open_samples(data, input_specs(models[0]), preprocess=preprocess, seed=settings.seed)
-    rows = compare_layers(models[0], models[1], islice(iter(source), settings.samples))
+    some = islice(iter(source), settings.samples)
+    rows = compare_layers(models[0], models[1], some, without=scaled_layers(a, b))
     if not rows:
         raise RecipeError(
             "the two models share no linear op", fix="compare models by the same names"

@@ -308,6 +308,8 @@ def compare(a: Path, b: Path, as_json: bool, **options: Any) -> None:
         return
     columns = ("layer", "op", "SQNR dB", "cosine", "max error", "max LSB")
     print_table(Console(), f"{a} -> {b}", columns, [difference_row(row) for row in rows])
+    if left_out := api.scaled_layers(a, b):
+        click.echo(f"{len(left_out)} layers are left out: their channels were scaled (--equalize)")
 
 
 @main.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,15 +48,19 @@ def common_layers(a: onnx.ModelProto, b: onnx.ModelProto) -> list[tuple[str, str
 
 
 def compare_layers(
-    a: onnx.ModelProto, b: onnx.ModelProto, samples: Iterable[Mapping[str, Array]]
+    a: onnx.ModelProto,
+    b: onnx.ModelProto,
+    samples: Iterable[Mapping[str, Array]],
+    *,
+    without: Container[str] = (),
 ) -> list[LayerDifference]:
     """Run both models on each sample with the outputs of all common linear ops tapped.
 
     A tapped output keeps an engine from fusing behind it, so integer layers of B are computed as
     their QDQ form says: the numbers show the quantization, not an engine. One sample at a time is
-    held in memory.
+    held in memory. Nodes in `without` are left out.
     """
-    layers = common_layers(a, b)
+    layers = [layer for layer in common_layers(a, b) if layer[0] not in without]
     if not layers:
         return []
     sessions = [

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qpass.graph import Graph
+from qpass.graph import LINEAR_OPS, Graph
 from qpass.migration_trial import Job, Trials
 from qpass.passes.equalize.apply import apply_scales, buy_mul
 from qpass.passes.equalize.gate import Choice, choose_scales, ideal_gain_db
@@ -47,8 +47,9 @@ MOST_MULS: Final = 8  # are tried in the whole model
 class Equalization:
     """The migrated graph and what there is to say about it.
 
-    `muls` lists what was added at run time. `key` tells the graph from others with the same source:
-    "" when nothing was migrated.
+    `muls` lists what was added at run time. `scaled` names the linear ops whose outputs are not
+    those of the model any more. `key` tells the graph from others with the same source: "" when
+    nothing was migrated.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Equalization:
     notes: tuple[str, ...]
     muls: tuple[str, ...]
     key: str
+    scaled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +217,7 @@ def _decide(
         return _nothing(graph, refusals, ())
     before, after = (trials.best_outputs(c) for c in (frozenset[int](), chosen))
     verdict = judge(trials.wanted, before, after)
-    migrated, _ = trials.build(chosen)
+    migrated, tensors = trials.build(chosen)
     exact = trials.is_exact(migrated)
     if not verdict.helps or not exact:
         why = verdict.sentence if exact else "the float outputs would change by their rounding"
@@ -240,6 +242,15 @@ def _decide(
         notes=(note,),
         muls=muls,
         key=digest.hexdigest(),
+        scaled=_linear_ops(migrated, tensors),
+    )
+
+
+def _linear_ops(graph: Graph, tensors: frozenset[str]) -> tuple[str, ...]:
+    return tuple(
+        node.name
+        for node in graph.nodes
+        if node.op in LINEAR_OPS and any(out.name in tensors for out in node.outputs)
     )
 
 

@@ -59,5 +59,5 @@ def migrate_scales(run: Run, samples: Samples) -> None:
     run.passes.append(timed(result.report, run.stages.seconds["equalize"]))
     run.notes += [*result.notes, *(f"added at run time: {text}" for text in result.muls)]
     if result.report.changed:
-        run.graph = result.graph
+        run.graph, run.scaled = result.graph, {"key": result.key, "layers": result.scaled}
         run.plan = make_plan(run.graph, run.target, run.policy)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
@@ -27,6 +27,8 @@ from qpass.stages import Stages
 from qpass.targets import Target, load_target
 from qpass.verify.session import SESSION_KEY, entries_for
 from qpass.version import __version__
+
+SCALED_KEY: Final = "qpass.scaled"  # in the metadata of a result
 
 
 def sha256_of(path: Path) -> str:
@@ -63,6 +65,7 @@ class Run:
     plain: Graph | None = None  # quantized, not compensated
     quantized: Graph | None = None
     batches: list[Mapping[str, Any]] = field(default_factory=list)  # to compensate with
+    scaled: Mapping[str, Any] = field(default_factory=dict)  # by migration: its key, linear ops
     rounding: tuple[Plan, Rounding] | None = None  # of the weights, and for which plan
     compensation: Compensation | None = None
     block_compensation: BlockCompensation | None = None
@@ -99,6 +102,7 @@ def metadata_of(run: Run) -> dict[str, str]:
     assert run.plan is not None
     session = entries_for(run.plan, run.target, run.options.accuracy_level)
     return {
+        **({SCALED_KEY: json.dumps(run.scaled, sort_keys=True)} if run.scaled else {}),
         **({SESSION_KEY: json.dumps(session, sort_keys=True)} if session else {}),
         "qpass.version": __version__,
         "qpass.source_sha256": sha256_of(run.source),

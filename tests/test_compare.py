@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+import qpass
 from qpass.compare import common_layers, compare_layers
-from tests.jobs import changed, model_of, normal, optimize, saved, small_model
+from tests.jobs import CNN, changed, model_of, normal, optimize, saved, small_model
 
 
 def scale_of(model: onnx.ModelProto, name: str, factor: float) -> None:
@@ -52,3 +54,19 @@ def test_layers_pair_by_name_and_op() -> None:
         g (float[N,4] x) => (float[N,4] y) { [c0] y = Relu(x) }"""
     )
     assert compare_layers(a, unlike, []) == []
+
+
+def test_layers_with_scaled_channels_are_left_out(tmp_path: Path) -> None:
+    source, plain, other = (tmp_path / f"{name}.onnx" for name in ("float", "a", "b"))
+    onnx.save(onnx.load(CNN), source)
+    scaled = next(n.name for n in onnx.load(CNN).graph.node if n.op_type == "Conv")
+    for path, key in ((plain, "one"), (other, "two")):
+        model = onnx.load(CNN)
+        text = json.dumps({"key": key, "layers": [scaled]})
+        model.metadata_props.add(key="qpass.scaled", value=text)
+        onnx.save(model, path)
+    data = {"image": np.zeros((2, 1, 8, 8), np.float32)}
+    names = {row.name for row in qpass.compare(plain, plain, data=data)}
+    assert scaled in names
+    for pair in ((source, plain), (plain, source), (plain, other)):
+        assert {row.name for row in qpass.compare(*pair, data=data)} == names - {scaled}

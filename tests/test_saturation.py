@@ -120,8 +120,8 @@ def test_a_file_loads_with_exact_kernels(tmp_path: Path) -> None:
     """Weights that share a zero point would make onnxruntime refuse it."""
     out = tmp_path / "m.onnx"
     data = MODELS / "digits_calibration.npz"
-    options = {"samples": 8, "compensate": "none"}
-    qpass.optimize(MODELS / "digits_vit.onnx", data=data, output=out, **options)
+    few = {"samples": 8, "compensate": "none"}
+    qpass.optimize(MODELS / "digits_vit.onnx", data=data, output=out, **few)
     options = ort.SessionOptions()
     for key, entry in EXACT_KERNELS.items():
         options.add_session_config_entry(key, entry)
