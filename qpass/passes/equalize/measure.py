@@ -201,31 +201,28 @@ def fake_weight(weight: Array, spec: TensorSpec) -> Array:
 
 def largest_weights(reader: Reader, groups: int) -> Array:
     """Return the largest magnitude of the weights of each label, float64 [groups + 1]."""
-    node = reader.linear.node
-    weight = np.abs(array_of(node.inputs[1]).astype(np.float64))
-    if node.op == "Conv":
-        parts = int(node.attrs.get("group", 1))
-        shape = (parts, weight.shape[0] // parts, weight.shape[1], -1)
-        size = weight.reshape(shape).max(axis=(1, 3)).ravel()
-    else:
-        axes = tuple(i for i in range(weight.ndim) if i != reader.linear.axis)
-        size = weight.max(axis=axes)
     found = np.zeros(groups + 1)
-    np.maximum.at(found, reader.labels, size)
+    np.maximum.at(found, reader.labels, _by_input(reader, np.abs).max(axis=1))
     return found
 
 
 def weight_power(reader: Reader, groups: int) -> Array:
     """Return the sum of the squared weights of each label, float64 [groups + 1]."""
-    node = reader.linear.node
-    weight = np.square(array_of(node.inputs[1]).astype(np.float64))
-    if node.op == "Conv":
-        parts = int(node.attrs.get("group", 1))
-        shape = (parts, weight.shape[0] // parts, weight.shape[1], -1)
-        size = weight.reshape(shape).sum(axis=(1, 3)).ravel()
-    else:
-        size = weight.sum(axis=tuple(i for i in range(weight.ndim) if i != reader.linear.axis))
+    size = _by_input(reader, np.square).sum(axis=1)
     return np.bincount(reader.labels, size, minlength=groups + 1)
+
+
+def _by_input(reader: Reader, of: np.ufunc) -> Array:
+    """Return `of` the weights that each input channel meets, float64 [channels, weights]."""
+    node = reader.linear.node
+    weight: Array = of(array_of(node.inputs[1]).astype(np.float64))
+    if node.op != "Conv":
+        return np.moveaxis(weight, reader.linear.axis, 0).reshape(
+            weight.shape[reader.linear.axis], -1
+        )
+    parts = int(node.attrs.get("group", 1))
+    by_part = weight.reshape(parts, weight.shape[0] // parts, weight.shape[1], -1)
+    return by_part.transpose(0, 2, 1, 3).reshape(parts * weight.shape[1], -1)
 
 
 def _stack(rows: LinearRows, samples: Sequence[int]) -> tuple[Array, Array, Array]:
