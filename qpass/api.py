@@ -128,16 +128,15 @@ def optimize(
         run.notes += [note] if note else []
         make_norms_static(run, calibration)
         if run.policy.precision.activation is not None:
-            if _fits(run, source):
-                migrate_scales(run, calibration)
             calibrate_run(run, calibration, progress)
             if _fits(run, source):
+                migrate_scales(run, calibration)
                 choose_method(run, list(islice(iter(calibration), TRIAL_SAMPLES)))
                 take_batches(run, calibration)
         elif run.options.round in ROUND_WITH_DATA and _fits(run, source):
             take_batches(run, calibration)
-    elif settings.round in ROUND_WITH_DATA:
-        raise RecipeError(f"--round {settings.round} needs samples", fix="give --data")
+    elif run.options.round in ROUND_WITH_DATA:
+        raise RecipeError(f"--round {run.options.round} needs samples", fix="give --data")
     elif settings.static_norm is not None:
         raise RecipeError("--static-norm needs samples to fit norms on", fix="give --data")
     search(run, held)

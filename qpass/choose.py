@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +21,7 @@ Array = NDArray[Any]
 # int32 biases keep a factor of two to the end of the range: the accumulator needs room as well.
 BIAS_LIMIT: Final = 2.0**30
 # Weight ranges that `mse` tries, as shares of the largest magnitude.
+WIDE_BITS: Final = 7  # from here on weights have levels enough to keep their largest magnitude
 WEIGHT_SHARES: Final = np.linspace(0.6, 1.0, 41)
 
 
@@ -30,6 +31,25 @@ class QTable:
 
     qparams: Mapping[str, QParams]
     ranges: Mapping[str, RangeChoice]
+
+
+@dataclass(slots=True)
+class RangeCache:
+    """Ranges that were solved before: plans that differ little ask for the same ones again.
+
+    Statistics are told apart by identity; they are kept alive here, so none takes another's place.
+    """
+
+    _solved: dict[tuple[int, TensorSpec, str], tuple[TensorStats, RangeChoice]] = field(
+        default_factory=dict
+    )
+
+    def solve(self, stats: TensorStats, spec: TensorSpec, method: str) -> RangeChoice:
+        """Return `solve_range` of the same arguments."""
+        key = (id(stats), spec, method)
+        if key not in self._solved:
+            self._solved[key] = stats, solve_range(stats, spec, method)
+        return self._solved[key][1]
 
 
 def importance(graph: Graph, decision: Decision) -> Array | None:
@@ -70,6 +90,7 @@ def choose_qtable(
     *,
     method: str = "auto",
     round_method: str = "rtn",
+    cache: RangeCache | None = None,
 ) -> QTable:
     """Choose the numbers of every decision.
 
@@ -78,8 +99,11 @@ def choose_qtable(
         plan: decisions.
         stats: statistics by tensor name.
         method: minmax, percentile, entropy, mse or auto, for activations.
-        round_method: `rtn` takes the largest magnitude of the weights, all others search the range.
+        round_method: `rtn` takes the largest magnitude of the weights, `auto` does so from 8 bits
+            on, where clipping saves nothing; all others search the range.
+        cache: of ranges, where the same statistics serve several calls.
     """
+    cache = RangeCache() if cache is None else cache
     qparams: dict[str, QParams] = {}
     ranges: dict[str, RangeChoice] = {}
     groups: dict[str, list[Decision]] = {}
@@ -89,7 +113,7 @@ def choose_qtable(
         _check_pinned(members)
         # A range that is fixed for one tensor is fixed for all that share its numbers.
         deciding = [d for d in members if d.pinned is not None] or members
-        choices = [_activation_range(d, stats, method) for d in deciding]
+        choices = [_activation_range(d, stats, method, cache) for d in deciding]
         low, high = min(c.low for c in choices), max(c.high for c in choices)
         for number, decision in enumerate(members):
             qparams[decision.key] = choose_qparams(decision.spec, low, high)
@@ -98,7 +122,10 @@ def choose_qtable(
     tensors = graph.tensors()
     for decision in plan.weights():
         values = array_of(tensors[decision.tensor])
-        if decision.kind == "weight" and round_method != "rtn":
+        searched = round_method not in ("rtn", "auto") or (
+            round_method == "auto" and decision.spec.bits < WIDE_BITS
+        )
+        if decision.kind == "weight" and searched:
             low_array, high_array = solve_weight_range(values, decision.spec)
         else:
             low_array, high_array = weight_range(values, decision.spec)
@@ -161,13 +188,13 @@ def _align_concats(
 
 
 def _activation_range(
-    decision: Decision, stats: Mapping[str, TensorStats], method: str
+    decision: Decision, stats: Mapping[str, TensorStats], method: str, cache: RangeCache
 ) -> RangeChoice:
     if decision.pinned is not None:
         return RangeChoice(low=decision.pinned[0], high=decision.pinned[1], method="user", mse=0.0)
     if decision.tensor not in stats:
         raise InternalError(f"no statistics of {decision.tensor}")
-    return solve_range(stats[decision.tensor], decision.spec, method)
+    return cache.solve(stats[decision.tensor], decision.spec, method)
 
 
 def weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:

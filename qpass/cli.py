@@ -149,8 +149,14 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--round",
-    type=click.Choice(["rtn", "mse", "gptq", "erq", "unit", "adaround"]),
-    help="How weights are rounded (default rtn, to nearest).",
+    type=click.Choice(["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]),
+    help="How weights are rounded (default auto: gptq, to nearest where only weights change).",
+)
+@click.option("--iterations", type=int, help="Of adaround, for each unit (default 300).")
+@click.option(
+    "--tune",
+    type=int,
+    help="Steps that learn gains and offsets by gradients of the outputs (default 0).",
 )
 @click.option(
     "--unified-norm",

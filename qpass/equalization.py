@@ -17,10 +17,13 @@ Preconditions
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
+from qpass.calibrate import TensorStats
 from qpass.graph import LINEAR_OPS, Graph
 from qpass.migration_trial import Job, Trials
 from qpass.passes.equalize.apply import apply_scales, buy_mul
@@ -49,7 +52,7 @@ class Equalization:
 
     `muls` lists what was added at run time. `scaled` names the linear ops whose outputs are not
     those of the model any more. `key` tells the graph from others with the same source: "" when
-    nothing was migrated.
+    nothing was migrated. `stats` are the statistics of the migrated graph over all samples.
     """
 
     graph: Graph
@@ -58,6 +61,7 @@ class Equalization:
     muls: tuple[str, ...]
     key: str
     scaled: tuple[str, ...] = ()
+    stats: Mapping[str, TensorStats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +85,18 @@ def equalize(graph: Graph, job: Job) -> Equalization:
         job: how it is going to be quantized.
     """
     plan = job.plan(graph)
-    nodes = list(plan.integer_nodes())
     draft = graph.copy()
     specs = Specs.of(plan, draft.nodes)
-    places, refusals = _places(draft, nodes, specs, job)
-    wanted = [_wanted(place) for place in places]
+    places, refusals = _places(draft, list(plan.integer_nodes()), specs, job)
+    places, hopeless = _hopeful(places, specs, job)
+    refusals += hopeless
     rows = collect_rows(
-        draft, wanted, job.samples, job.samples.count, threads=job.threads, seed=job.seed
+        draft,
+        [_wanted(place) for place in places],
+        islice(iter(job.samples), job.rows),
+        job.rows,
+        threads=job.threads,
+        seed=job.seed,
     )
     found: list[_Migration] = []
     for number, (place, kept) in enumerate(zip(places, rows, strict=True)):
@@ -103,12 +112,38 @@ def equalize(graph: Graph, job: Job) -> Equalization:
     if not found:
         return _nothing(graph, refusals, ())
 
-    def build(chosen: frozenset[int]) -> tuple[Graph, frozenset[str]]:
-        return _build(graph, nodes, specs, job, [m for m in found if m.number in chosen])
+    def make(chosen: frozenset[int]) -> tuple[Graph, frozenset[str]]:
+        return _build(graph, [m for m in found if m.number in chosen])
 
-    trials = Trials(job=job, build=build, everything=frozenset(m.number for m in found))
+    trials = Trials(job=job, make=make, everything=frozenset(m.number for m in found))
     trials.prepare()
     return _decide(graph, trials, found, refusals)
+
+
+def _hopeful(
+    places: Sequence[Site | Refused], specs: Specs, job: Job
+) -> tuple[list[Site | Refused], list[Refusal]]:
+    """Leave out what a Mul surely is not worth at, by the ranges that calibration saw."""
+    kept: list[Site | Refused] = []
+    refusals = []
+    for place in places:
+        if isinstance(place, Refused) and _ideal_gain(place, specs, job.stats) < MUL_SITE_DB:
+            reason = f"{place.reason}; its channels are alike, so no Mul is worth it"
+            refusals.append(Refusal(rule=RULE_MUL, where=place.tensor, reason=reason))
+        else:
+            kept.append(place)
+    return kept, refusals
+
+
+def _ideal_gain(place: Refused, specs: Specs, stats: Mapping[str, TensorStats]) -> float:
+    """Return the most that a Mul can gain in dB; infinite where the channels are not known."""
+    known = stats.get(place.tensor)
+    if known is None or known.channel_low is None or known.channel_high is None:
+        return math.inf
+    low, high = known.channel_low, known.channel_high
+    if any(low.size != reader.labels.size for reader in place.readers):
+        return math.inf
+    return max(ideal_gain_db(reader, low, high, specs) for reader in place.readers)
 
 
 def _choose(place: Site | Refused, rows: SiteRows, specs: Specs) -> Choice | str:
@@ -116,8 +151,6 @@ def _choose(place: Site | Refused, rows: SiteRows, specs: Specs) -> Choice | str
         shift = place.shift is not None
         choice = choose_scales(place.readers, place.products, rows, specs, shift=shift)
         return choice if choice.sure else f"no sure gain ({choice.sentence})"
-    if ideal_gain_db(place.readers, rows, specs) < MUL_SITE_DB:
-        return f"{place.reason}; its channels are alike, so no Mul is worth it"
     choice = choose_scales(place.readers, (), rows, specs)
     if choice.sure and choice.gain_db >= MUL_SITE_DB:
         return choice
@@ -176,19 +209,18 @@ def _most(found: list[_Migration]) -> tuple[list[_Migration], list[Refusal]]:
     return [m for m in found if m.number not in dropped], refusals
 
 
-def _build(
-    graph: Graph, nodes: Sequence[str], specs: Specs, job: Job, chosen: Sequence[_Migration]
-) -> tuple[Graph, frozenset[str]]:
+def _build(graph: Graph, chosen: Sequence[_Migration]) -> tuple[Graph, frozenset[str]]:
     fresh = graph.copy()
     if not chosen:
         return fresh, frozenset()
-    places, _ = _places(fresh, nodes, specs, job)
+    nodes = {node.name: node for node in fresh.nodes}
     scaled: set[str] = set()
     for migration in chosen:
-        place = places[migration.number]
+        place = migration.place.of(nodes)
         _apply(fresh, place, migration.choice)
         if isinstance(place, Site):
             scaled |= place.tensors
+    fresh.infer_shapes()
     return fresh, frozenset(scaled)
 
 
@@ -197,18 +229,20 @@ def _decide(
 ) -> Equalization:
     """Take out what does not help the whole model, then accept the rest or nothing."""
     chosen = trials.everything
-    current = trials.outputs(chosen)
+    method = trials.best_method(chosen)
+    current = trials.outputs(chosen, method)
     gains: dict[int, Verdict] = {}
     for group in _groups(found):
         numbers = frozenset(m.number for m in group)
         rest = chosen - numbers
-        without = trials.outputs(rest)
+        without = trials.outputs(rest, method)
         verdict = judge(trials.wanted, without, current)
         if isinstance(group[0].place, Refused):
             keep = verdict.helps and verdict.gain_db >= MUL_MODEL_DB
             gains[group[0].number] = verdict
         else:
             keep = verdict.gain_db > 0.0 or verdict.after_db > verdict.before_db
+        trials.forget(chosen if not keep else rest)
         if not keep:
             chosen, current = rest, without
             reason = f"the model does not gain by it: {verdict.sentence}"
@@ -217,7 +251,7 @@ def _decide(
         return _nothing(graph, refusals, ())
     before, after = (trials.best_outputs(c) for c in (frozenset[int](), chosen))
     verdict = judge(trials.wanted, before, after)
-    migrated, tensors = trials.build(chosen)
+    migrated, tensors = trials.build(chosen).graph, trials.build(chosen).scaled
     exact = trials.is_exact(migrated)
     if not verdict.helps or not exact:
         why = verdict.sentence if exact else "the float outputs would change by their rounding"
@@ -235,7 +269,6 @@ def _decide(
     for m in kept:
         digest.update(f"{m.number}".encode())
         digest.update(m.choice.scales.scale.tobytes() + m.choice.scales.shift.tobytes())
-    migrated.infer_shapes()
     return Equalization(
         graph=migrated,
         report=PassReport(name="equalize", changed=len(kept), refusals=tuple(refusals)),
@@ -243,6 +276,7 @@ def _decide(
         muls=muls,
         key=digest.hexdigest(),
         scaled=_linear_ops(migrated, tensors),
+        stats=trials.stats_of(chosen),
     )
 
 

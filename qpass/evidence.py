@@ -137,7 +137,11 @@ def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, 
 def take_batches(run: Run, samples: Samples) -> None:
     """Keep a few batches of calibration samples for rounding and compensation."""
     assert run.graph is not None
-    if run.options.compensate != "none" or run.options.round in ROUND_WITH_DATA:
+    needed = run.options.compensate != "none" or run.options.round in ROUND_WITH_DATA
+    if needed or run.options.tune:
         inputs = input_specs(run.graph.to_model(stub_above=1024))
-        some = islice(iter(samples), COMPENSATION_SAMPLES)
+        # Many unknowns: the more samples the better.
+        learns = run.options.round == "adaround" or run.options.tune > 0
+        limit = run.options.samples if learns else COMPENSATION_SAMPLES
+        some = islice(iter(samples), limit)
         run.batches = [feeds for _, feeds in batches(some, run.options.batch_size, inputs)]

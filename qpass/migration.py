@@ -12,18 +12,19 @@ from qpass.planner import plan as make_plan
 from qpass.quantize import timed
 from qpass.run import Run
 
-# Samples to take rows and trial ranges from, and further ones to judge the whole model by.
+# Samples to take rows from, and further ones to judge the whole model by.
 ROW_SAMPLES: Final = 32
-JUDGE_SAMPLES: Final = 16
+JUDGE_SAMPLES: Final = 32
 FEWEST: Final = 12  # below it neither the sites nor the model can be judged
 
 
 def migrate_scales(run: Run, samples: Samples) -> None:
     """With `--equalize`: exchange the float graph of a run for one with migrated scales.
 
-    All samples come from those to calibrate with; the held-out ones are never looked at. Nothing
-    happens, and a note says so, when statistics come from a file (they belong to the graph as it
-    was) or when there are too few samples.
+    The model has been calibrated; what a migration changes is calibrated again. All samples come
+    from those to calibrate with; the held-out ones are never looked at. Nothing happens, and a note
+    says so, when statistics come from a file (they belong to the graph as it was) or when there are
+    too few samples.
     """
     assert run.graph is not None
     if not run.options.equalize or run.policy.precision.activation is None:
@@ -46,7 +47,9 @@ def migrate_scales(run: Run, samples: Samples) -> None:
             target=run.target,
             policy=run.policy,
             taps=taps_of,
-            samples=samples.view(0, rows),
+            samples=samples,
+            rows=rows,
+            stats=run.stats,
             held=list(islice(iter(samples.view(rows, found)), JUDGE_SAMPLES)),
             method=run.options.calibrate,
             round_method=run.options.round if run.options.round == "mse" else "rtn",
@@ -61,3 +64,4 @@ def migrate_scales(run: Run, samples: Samples) -> None:
     if result.report.changed:
         run.graph, run.scaled = result.graph, {"key": result.key, "layers": result.scaled}
         run.plan = make_plan(run.graph, run.target, run.policy)
+        run.stats = dict(result.stats)

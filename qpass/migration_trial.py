@@ -1,8 +1,8 @@
 """Judge sets of migrations by the outputs of the whole quantized model.
 
 Every tensor belongs to one site at most, and a site does not change what other tensors hold. So two
-calibrations serve all sets: each tensor has the statistics of the untouched graph or those of the
-graph with everything migrated.
+sets of statistics serve all sets of migrations: each tensor has those of the untouched graph or
+those of the graph with everything migrated. Only what a migration changes is calibrated again.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime as ort
 
 from qpass.calibrate import Samples, TapRequest, TensorStats, collect
-from qpass.choose import choose_qtable
+from qpass.choose import RangeCache, choose_qtable
+from qpass.exact_session import open_exact
 from qpass.graph import Graph
 from qpass.passes.model_gate import total_sqnr_db
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.quantize import build_quantized
-from qpass.saturation import saturates
 from qpass.submodel import Feeds
 from qpass.targets.schema import Target
-from qpass.verify.engines import KEEP_SIGNED, session_options
 
 # The range methods that a set is judged with; the pipeline lets them compete as well.
 METHODS: Final = ("minmax", "percentile", "auto")
-QUICK: Final = "minmax"  # clips nothing: what is compared are the scales
+EXACT_SAMPLES: Final = 4  # show whether the float function is what it was
+
+Stats = Mapping[str, TensorStats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,10 @@ class Job:
     target: Target
     policy: Policy
     taps: Callable[[Graph, Plan], list[TapRequest]]
-    samples: Samples  # to calibrate with and to take rows from
-    held: Sequence[Feeds]  # other ones, to judge by
+    samples: Samples  # to calibrate with
+    held: Sequence[Feeds]  # to judge by
+    rows: int = 32  # samples that rows are taken of, the first ones; `held` are others
+    stats: Stats = field(default_factory=dict)  # of the graph as it is, over all samples
     method: str = "auto"  # of the ranges
     round_method: str = "rtn"
     batch_size: int = 4
@@ -52,9 +54,10 @@ class Job:
         """Plan a graph."""
         return make_plan(graph, self.target, self.policy)
 
-    def calibrate(self, graph: Graph, plan: Plan) -> dict[str, TensorStats]:
-        """Gather the statistics of everything that `plan` asks for."""
-        taps = self.taps(graph, plan)
+    def calibrate(self, graph: Graph, taps: Sequence[TapRequest]) -> dict[str, TensorStats]:
+        """Gather the statistics that `taps` ask for."""
+        if not taps:
+            return {}
         return collect(
             graph.to_model(inline=True),
             taps,
@@ -64,69 +67,150 @@ class Job:
             threads=self.threads,
         ).stats
 
-    def run(self, graph: Graph, *, exact: bool = False) -> list[dict[str, Any]]:
+    def run(self, graph: Graph, held: Sequence[Feeds] | None = None) -> list[dict[str, Any]]:
         """Return the outputs of a graph on the held samples."""
-        session = ort.InferenceSession(
-            graph.to_model(inline=True).SerializeToString(),
-            session_options(
-                threads=self.threads, optimize=exact or not saturates(), config=KEEP_SIGNED
-            ),
-            providers=["CPUExecutionProvider"],
-        )
+        session = open_exact(graph.to_model(inline=True), self.target, threads=self.threads)
         names = [value.name for value in session.get_outputs()]
         return [
-            dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in self.held
+            dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            for feeds in (self.held if held is None else held)
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A float graph with a set of migrations, its plan, and the tensors that the set scales."""
+
+    graph: Graph
+    plan: Plan
+    scaled: frozenset[str]
 
 
 @dataclass(slots=True, kw_only=True)
 class Trials:
     """Outputs of the quantized model with sets of migrations.
 
-    build
+    make
         Makes the float graph that has a set, and the names of the tensors that the set scales.
     """
 
     job: Job
-    build: Callable[[frozenset[int]], tuple[Graph, frozenset[str]]]
+    make: Callable[[frozenset[int]], tuple[Graph, frozenset[str]]]
     everything: frozenset[int]
     wanted: list[dict[str, Any]] = field(default_factory=list)  # outputs of the float model
-    before: Mapping[str, TensorStats] = field(default_factory=dict)
-    after: Mapping[str, TensorStats] = field(default_factory=dict)
+    before: dict[str, TensorStats] = field(default_factory=dict)
+    after: dict[str, TensorStats] = field(default_factory=dict)
+    _taps: dict[str, TapRequest] = field(default_factory=dict)  # of the untouched graph
+    _after_taps: dict[str, TapRequest] = field(default_factory=dict)
+    _built: dict[frozenset[int], Built] = field(default_factory=dict)
+    _outputs: dict[tuple[frozenset[int], str], list[dict[str, Any]]] = field(default_factory=dict)
+    _best: dict[frozenset[int], str] = field(default_factory=dict)
+    _ranges: RangeCache = field(default_factory=RangeCache)
 
     def prepare(self) -> None:
-        """Calibrate without any and with all migrations, and run the float model."""
-        plain, _ = self.build(frozenset())
-        self.wanted = self.job.run(plain, exact=True)
-        self.before = self.job.calibrate(plain, self.job.plan(plain))
-        whole, _ = self.build(self.everything)
-        self.after = self.job.calibrate(whole, self.job.plan(whole))
+        """Calibrate what is not known without and with all migrations; run the float model."""
+        plain, whole = self.build(frozenset()), self.build(self.everything)
+        self.wanted = self.job.run(plain.graph)
+        self._taps = _by_name(self.job.taps(plain.graph, plain.plan))
+        missing = [tap for name, tap in self._taps.items() if name not in self.job.stats]
+        self.before = {**self.job.stats, **self.job.calibrate(plain.graph, missing)}
+        self._after_taps = _by_name(
+            tap
+            for tap in self.job.taps(whole.graph, whole.plan)
+            if tap.tensor in whole.scaled or not _same(tap, self._taps.get(tap.tensor))
+        )
+        self.after = self.job.calibrate(whole.graph, list(self._after_taps.values()))
 
-    def outputs(self, chosen: frozenset[int], method: str = QUICK) -> list[dict[str, Any]]:
+    def build(self, chosen: frozenset[int]) -> Built:
+        """Return the float graph with the migrations `chosen`."""
+        if chosen not in self._built:
+            graph, scaled = self.make(chosen)
+            self._built[chosen] = Built(graph=graph, plan=self.job.plan(graph), scaled=scaled)
+        return self._built[chosen]
+
+    def forget(self, chosen: frozenset[int]) -> None:
+        """Drop what is kept of a set that will not be asked for again."""
+        if chosen:
+            self._built.pop(chosen, None)
+            for key in [key for key in self._outputs if key[0] == chosen]:
+                del self._outputs[key]
+
+    def outputs(self, chosen: frozenset[int], method: str) -> list[dict[str, Any]]:
         """Return the outputs of the quantized model with the migrations `chosen`."""
-        graph, scaled = self.build(chosen)
-        plan = self.job.plan(graph)
-        stats = {
-            name: self.after[name] if name in scaled or name not in self.before else old
-            for name, old in {**self.after, **self.before}.items()
-        }
-        table = choose_qtable(graph, plan, stats, method=method, round_method=self.job.round_method)
-        quantized, _ = build_quantized(graph, plan, table, self.job.target, self.job.policy)
-        return self.job.run(quantized)
+        key = (chosen, method)
+        if key not in self._outputs:
+            built = self.build(chosen)
+            stats = {**self.after, **self.before}
+            changed = self.after if chosen == self.everything else built.scaled & set(self.after)
+            stats.update({name: self.after[name] for name in changed})
+            table = choose_qtable(
+                built.graph,
+                built.plan,
+                stats,
+                method=method,
+                round_method=self.job.round_method,
+                cache=self._ranges,
+            )
+            quantized, _ = build_quantized(
+                built.graph, built.plan, table, self.job.target, self.job.policy
+            )
+            self._outputs[key] = self.job.run(quantized)
+        return self._outputs[key]
+
+    def best_method(self, chosen: frozenset[int]) -> str:
+        """Return the range method that suits the migrations `chosen` best."""
+        if chosen not in self._best:
+            methods = METHODS if self.job.method == "auto" else (self.job.method,)
+            best = methods[0]
+            score = total_sqnr_db(self.wanted, self.outputs(chosen, best))
+            for method in methods[1:]:
+                found, loser = total_sqnr_db(self.wanted, self.outputs(chosen, method)), method
+                if found > score:
+                    loser, best, score = best, method, found
+                self._outputs.pop((chosen, loser), None)  # outputs may be large
+            self._best[chosen] = best
+        return self._best[chosen]
 
     def best_outputs(self, chosen: frozenset[int]) -> list[dict[str, Any]]:
-        """Return the outputs with the range method that suits them best."""
-        methods = METHODS if self.job.method == "auto" else (self.job.method,)
-        found = [self.outputs(chosen, method) for method in methods]
-        return max(found, key=lambda outputs: total_sqnr_db(self.wanted, outputs))
+        """Return the outputs with that method."""
+        return self.outputs(chosen, self.best_method(chosen))
+
+    def stats_of(self, chosen: frozenset[int]) -> dict[str, TensorStats]:
+        """Return the statistics of the graph with `chosen`; what is not known is calibrated."""
+        built = self.build(chosen)
+        found: dict[str, TensorStats] = {}
+        missing = []
+        for tap in self.job.taps(built.graph, built.plan):
+            name, scaled = tap.tensor, tap.tensor in built.scaled
+            if not scaled and _same(tap, self._taps.get(name)):
+                found[name] = self.before[name]
+            elif name in self.after and _same(tap, self._after_taps.get(name)):
+                found[name] = self.after[name]
+            else:
+                missing.append(tap)
+        return {**found, **self.job.calibrate(built.graph, missing)}
 
     def is_exact(self, graph: Graph) -> bool:
         """True when the float graph computes what it did, but for rounding."""
+        got = self.job.run(graph, self.job.held[:EXACT_SAMPLES])
         return all(
-            np.isfinite(got[name]).all() and _close(array, got[name])
-            for one, got in zip(self.wanted, self.job.run(graph, exact=True), strict=True)
+            np.isfinite(two[name]).all() and _close(array, two[name])
+            for one, two in zip(self.wanted, got, strict=False)
             for name, array in one.items()
         )
+
+
+def _by_name(taps: Any) -> dict[str, TapRequest]:
+    return {tap.tensor: tap for tap in taps}
+
+
+def _same(tap: TapRequest, other: TapRequest | None) -> bool:
+    """True when two requests for one tensor ask for the same statistics."""
+    if other is None or (tap.axis, tap.mask_below) != (other.axis, other.mask_below):
+        return False
+    if tap.importance is None or other.importance is None:
+        return tap.importance is other.importance
+    return np.array_equal(tap.importance, other.importance)
 
 
 # Some hundred float32 roundings in a row differ by about 1e-5 of the largest output.

@@ -14,8 +14,9 @@ CompensateMethod = Literal["cwac", "bias", "qwt", "nbc", "none"]
 FitMethod = Literal["ls", "mm"]
 UnifiedNormMode = Literal["auto", "off"]
 RotateMode = Literal["none", "heads", "stream", "all"]
-RoundMethod = Literal["rtn", "mse", "gptq", "erq", "unit", "adaround"]
-ROUND_WITH_DATA: Final = ("gptq", "erq", "unit")  # these look at calibration samples
+RoundMethod = Literal["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]
+# These look at calibration samples.
+ROUND_WITH_DATA: Final = ("auto", "gptq", "erq", "unit", "adaround")
 
 BYTES: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 UNITS: Final = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -61,7 +62,9 @@ class Options:
     compensate: CompensateMethod = "cwac"
     fit: FitMethod = "ls"  # of gains: least squares, or mm: the size of what a Softmax reads
     allow_runtime_ops: bool = False  # Mul and Add where no constant can take a correction
-    round: RoundMethod = "rtn"
+    round: RoundMethod = "auto"  # gptq where activations are quantized, else rtn
+    iterations: int = 300  # of adaround, for each unit
+    tune: int = 0  # steps that learn gains and offsets by gradients of the outputs; 0: none
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
     rotate: RotateMode = "none"
     rms_norm: bool = False
@@ -129,11 +132,14 @@ class Options:
             )
         if self.fit not in get_args(FitMethod):
             raise RecipeError(f"there is no --fit {self.fit}", fix="use ls or mm")
-        if self.round not in ("rtn", "mse", *ROUND_WITH_DATA):
+        if self.round not in get_args(RoundMethod):
             raise RecipeError(
-                f"--round {self.round} is not in this version",
-                fix="use --round rtn, mse, gptq, erq or unit",
+                f"there is no --round {self.round}", fix=f"use {', '.join(get_args(RoundMethod))}"
             )
+        if self.iterations < 1:
+            raise RecipeError(f"--iterations {self.iterations} is not positive")
+        if self.tune < 0:
+            raise RecipeError(f"--tune {self.tune} is negative", fix="300 is a good value")
 
     @property
     def memory_bytes(self) -> int:

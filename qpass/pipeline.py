@@ -25,7 +25,9 @@ from qpass.passes.compensate import compensate
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
 from qpass.passes.round_weights import replay, round_weights
+from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
+from qpass.passes.tune import tune
 from qpass.passes.weight_only import straighten_gemms
 from qpass.plan import read_plan
 from qpass.planner import plan as make_plan
@@ -41,6 +43,10 @@ LAYER_SAMPLES: Final = 2
 
 def prepare(run: Run) -> Graph:
     """Load and normalize the model, and plan it."""
+    if run.options.round == "adaround":
+        check_torch("--round adaround")
+    if run.options.tune:
+        check_torch("--tune")
     with run.stages.stage("load"):
         run.graph = load_model(run.source, opset=run.target.opset)
     with run.stages.stage("normalize"):
@@ -143,6 +149,7 @@ def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
             run.graph.to_model(inline=True),
             lambda method: _build(run, method)[1].to_model(inline=True),
             samples[:TRIAL_SAMPLES],
+            run.target,
             threads=run.options.jobs,
         )
     run.method = trial.method
@@ -198,6 +205,9 @@ def _build(
         run.graph, run.plan, run.stats, method=method, round_method=run.options.round
     )
     data = run.options.round in ROUND_WITH_DATA and run.batches
+    # The graph without compensation, which `verify` compares with, is not tuned either.
+    compensated = compensation is not None or run.options.compensate == "none"
+    tuned = run.options.tune and run.batches and compensated
     graph, reports = build_quantized(
         run.graph,
         run.plan,
@@ -207,8 +217,25 @@ def _build(
         rounding=(lambda graph: _round_weights(run, graph, table)) if data else None,
         compensation=compensation,
         block_compensation=block_compensation,
+        tuning=(lambda graph: _tune(run, graph)) if tuned else None,
     )
     return table, graph, reports
+
+
+def _tune(run: Run, graph: Graph) -> PassReport:
+    assert run.graph is not None
+    tuning = tune(
+        run.graph,
+        graph,
+        run.batches,
+        steps=run.options.tune,
+        seed=run.options.seed,
+        threads=run.options.jobs,
+    )
+    if tuning.report.changed and tuning.verdict is not None:
+        note = f"tuned by gradients: {tuning.verdict.sentence}"
+        run.notes = [*(old for old in run.notes if old != note), note]
+    return tuning.report
 
 
 def _round_weights(run: Run, graph: Graph, table: QTable) -> PassReport:
@@ -235,6 +262,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable) -> PassReport:
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         seed=run.options.seed,
+        iterations=run.options.iterations,
         progress=run.progress,
     )
     run.rounding = (run.plan, rounding)

@@ -28,6 +28,7 @@ Granularity = Literal["per_tensor", "per_channel", "per_block"]
 # Smallest scale that is used: below it x / scale overflows float32 for ordinary x.
 MIN_SCALE: Final = 1e-12
 HALF: Final = np.finfo(np.float16)
+EXACT_BITS: Final = 16  # float32 holds all integers below 2^24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,13 +159,17 @@ def quantize(x: Array, qparams: QParams) -> Array:
 
     With `bits` below the storage type the result saturates at the narrower bounds.
     """
+    return _integers(x, qparams).astype(np.int32).astype(qparams.storage.numpy)
+
+
+def _integers(x: Array, qparams: QParams) -> Array:
+    """Return the stored integers as float32."""
     scale = expand(qparams.scale, qparams, x.shape)
     zero_point = expand(qparams.zero_point.astype(np.float32), qparams, x.shape)
     q = np.asarray(np.asarray(x, np.float32) / scale)  # numpy makes a scalar of a 0-d quotient
     np.rint(q, out=q)
     q += zero_point
-    np.clip(q, qparams.qmin, qparams.qmax, out=q)
-    return q.astype(np.int32).astype(qparams.storage.numpy)
+    return np.clip(q, qparams.qmin, qparams.qmax, out=q)
 
 
 def dequantize(q: Array, qparams: QParams) -> Array:
@@ -176,7 +181,13 @@ def dequantize(q: Array, qparams: QParams) -> Array:
 
 def fake_quantize(x: Array, qparams: QParams) -> Array:
     """Return `dequantize(quantize(x))`: what the integers stand for."""
-    return dequantize(quantize(x, qparams), qparams)
+    if qparams.storage.bits > EXACT_BITS:
+        return dequantize(quantize(x, qparams), qparams)
+    # float32 holds these integers and their differences exactly, so nothing is stored between.
+    q = _integers(x, qparams)
+    q -= expand(qparams.zero_point.astype(np.float32), qparams, x.shape)
+    q *= expand(qparams.scale, qparams, x.shape)
+    return q
 
 
 def channel_range(x: Array, axis: int | None) -> tuple[Array, Array]:

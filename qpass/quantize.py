@@ -28,11 +28,12 @@ def build_quantized(
     rounding: Callable[[Graph], PassReport] | None = None,
     compensation: Callable[[Graph], PassReport] | None = None,
     block_compensation: Callable[[Graph], PassReport] | None = None,
+    tuning: Callable[[Graph], PassReport] | None = None,
 ) -> tuple[Graph, tuple[PassReport, ...]]:
     """Build the integer graph; `reference` is not changed and shares its large constants.
 
-    The passes and their order are all here. `rounding`, `compensation` and `block_compensation`
-    work on the graph in this order, while its biases are still float.
+    The passes and their order are all here. `rounding`, `compensation`, `block_compensation` and
+    `tuning` work on the graph in this order, while its biases are still float.
     """
     graph = reference.copy()
     rank = target.matmul_bias_rank
@@ -43,6 +44,8 @@ def build_quantized(
         steps.append(lambda: compensation(graph))
     if block_compensation is not None:
         steps.append(lambda: block_compensation(graph))
+    if tuning is not None:
+        steps.append(lambda: tuning(graph))
     if policy.activations == "dynamic":
         steps.append(lambda: make_dynamic(graph))
     if target.bias == "int32":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,6 +93,8 @@ def start(source: Path, options: Options) -> Run:
         block_size=options.block_size,
         asymmetric_weights=options.asymmetric_weights,
     )
+    if options.round == "auto" and policy.precision.activation is None:
+        options = replace(options, round="rtn")  # so that no samples are needed
     return Run(source=source, options=options, target=load_target(options.target), policy=policy)
 
 

@@ -5,10 +5,9 @@ the memory budget lies in files until it is needed. A pass may change the consta
 graph's current unit (and of anything behind it) while it holds the unit; the walk then runs the
 unit again, so that everything behind it sees the change.
 
-Cost for a model of any depth: one float forward and two quantized forwards.
-
-Both graphs carry the same names at the borders of units, because QDQ insertion leaves the names of
-the float tensors in place. Bodies of If, Loop and Scan run inside of their node.
+Cost for a model of any depth: one float forward and two quantized forwards. Both graphs carry the
+same names at the borders of units, because QDQ insertion leaves the names of the float tensors in
+place. Bodies of If, Loop and Scan run inside of their node.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ class Step:
 
     def __init__(self, stream: Stream, unit: Unit) -> None:
         """Stand in front of `unit`."""
-        self.unit = unit
+        self.unit, self.batches = unit, len(stream.batches)
         self._stream = stream
         self._float_done = False
 
@@ -252,11 +251,13 @@ class Step:
                 also=tuple(others),
             )
 
-    def look(self, pairs: Sequence[Pair]) -> Iterator[tuple[tuple[Array, Array], ...]]:
+    def look(
+        self, pairs: Sequence[Pair], batches: Sequence[int] | None = None
+    ) -> Iterator[tuple[tuple[Array, Array], ...]]:
         """Yield, batch by batch, tensors of the unit as (float, quantized), one for each pair.
 
         Runs what makes them and nothing else, as the constants are now; may be called at any time
-        and again. Tensors behind the linear op cost its run.
+        and again. Tensors behind the linear op cost its run. Looks at all `batches` by default.
         """
         stream = self._stream
         sides: list[tuple[Side, list[str], Submodel | None]] = []
@@ -268,7 +269,7 @@ class Step:
             made = _distinct(*(name for name in names if name not in stream.feeds(side, 0)))
             session = stream.session(graph, side, made) if made else None
             sides.append((side, names, session))
-        for batch in range(len(stream.batches)):
+        for batch in range(self.batches) if batches is None else batches:
             found = []
             for side, names, session in sides:
                 alive = stream.feeds(side, batch)

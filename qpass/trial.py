@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qpass.saturation import saturates
-from qpass.verify.engines import KEEP_SIGNED, session_options
+from qpass.exact_session import open_exact
+from qpass.targets.schema import Target
 from qpass.verify.metrics import ErrorMeter
 
 Array = NDArray[Any]
@@ -48,6 +47,7 @@ def try_methods(
     float_model: onnx.ModelProto,
     build: Callable[[str], onnx.ModelProto],
     samples: Sequence[Mapping[str, Array]],
+    target: Target,
     *,
     threads: int = 0,
 ) -> Trial:
@@ -57,13 +57,16 @@ def try_methods(
         float_model: the reference.
         build: returns the quantized model for a method.
         samples: calibration samples; never the held-out ones.
+        target: whose files they are.
         threads: of the engine; 0: all.
     """
-    wanted = _outputs(float_model, samples, threads)
+    wanted = _outputs(float_model, samples, target, threads)
     scores: dict[str, float] = {}
     for method in CANDIDATES:
         meters = [ErrorMeter() for _ in float_model.graph.output]
-        for expected, got in zip(wanted, _outputs(build(method), samples, threads), strict=True):
+        for expected, got in zip(
+            wanted, _outputs(build(method), samples, target, threads), strict=True
+        ):
             for meter, one, other in zip(meters, expected, got, strict=True):
                 meter.update(one, other)
         scores[method] = min(meter.sqnr_db for meter in meters)
@@ -75,12 +78,7 @@ def try_methods(
 
 
 def _outputs(
-    model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], threads: int
+    model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], target: Target, threads: int
 ) -> list[list[Array]]:
-    session = ort.InferenceSession(
-        model.SerializeToString(),
-        # Where kernels saturate, the graph as it is written is the exact one.
-        session_options(threads=threads, optimize=not saturates(), config=KEEP_SIGNED),
-        providers=["CPUExecutionProvider"],
-    )
+    session = open_exact(model, target, threads=threads)
     return [session.run(None, dict(feeds)) for feeds in samples]

@@ -70,6 +70,13 @@ def affine_of(channels: int, *, seed: int = 6, dyadic: bool = False) -> ChannelA
     return ChannelAffine(gain=gain, offset=offset)
 
 
+def exact_affine(channels: int, *, seed: int = 1) -> ChannelAffine:
+    """Gains and offsets of few binary digits, which float32 multiplies and adds exactly."""
+    random = np.random.default_rng(seed)
+    gain = random.choice([0.5, 0.75, 1.25, 1.5, 2.0], channels)
+    return ChannelAffine(gain=gain, offset=random.integers(-64, 65, channels) / 16)
+
+
 def explicit(graph: Graph, tensor: str, affine: ChannelAffine, axis: int) -> Graph:
     """Return a copy with Mul and Add behind `tensor`, whose channels lie along `axis` (< 0)."""
     graph = graph.copy()

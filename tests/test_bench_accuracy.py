@@ -20,6 +20,7 @@ def row(contestant: str, **values: Any) -> dict[str, Any]:
         "kind": "model", "status": "ok", "model": "m", "engine": "ort", "contestant": contestant,
         "sqnr_db": 20.0, "latency_ratio": 0.5, "size_ratio": 0.26, "quantize_seconds": 1.0,
         "float_pass_seconds": 1.0, "engine_ops": 30, "integer_ops": 20, "float_ops": 1,
+        "weight_only_ops": 0,
     }  # fmt: skip
     return facts | values
 
@@ -35,6 +36,8 @@ def verdict(name: str, *rows: dict[str, Any]) -> bool | None:
     [
         ("compensation never worse", {"sqnr_db": 20.0}, True),
         ("compensation never worse", {"sqnr_db": 19.9}, False),
+        ("time of compensation", {"stage_compensate_seconds": 5.5}, True),
+        ("time of compensation", {"stage_compensate_seconds": 5.7}, False),
         ("compensation adds no op", {}, True),
         ("compensation adds no op", {"engine_ops": 31}, False),
         ("compensation adds no op", {"integer_ops": 19}, False),
@@ -45,6 +48,15 @@ def verdict(name: str, *rows: dict[str, Any]) -> bool | None:
 )
 def test_pairs(name: str, values: dict[str, Any], met: bool) -> None:
     assert verdict(name, row(WITHOUT), row(WITH, **values)) is met
+
+
+@pytest.mark.parametrize(
+    ("sqnr", "latency", "met"),
+    [(18.0, 0.5, True), (18.1, 0.5, False), (30.0, 0.53, None)],
+)
+def test_peers_count_where_they_are_as_fast(sqnr: float, latency: float, met: bool | None) -> None:
+    peer = row("nncf", sqnr_db=sqnr, latency_ratio=latency)
+    assert verdict("2 dB above the best peer", row("float"), peer, row(WITH)) is met
 
 
 def test_no_verdict_without_the_twin() -> None:
@@ -69,11 +81,11 @@ def test_accuracy_of_a_known_model(sqnr: float, metric: float, met: tuple[bool, 
 def test_low_bits_are_judged_by_rounding() -> None:
     rows = [
         row("float", model="resnet18_x", metric=64.8),
-        row("qpass:ort-x86,precision=w4a8", model="resnet18_x", metric=60.0),
+        row("qpass:ort-x86,precision=w4a8,round=rtn", model="resnet18_x", metric=60.0),
         row("qpass:ort-x86,precision=w4a8,round=unit", model="resnet18_x", metric=63.2),
     ]
     assert verdict("metric, w4a8 rtn/mse", *rows) is True
-    assert verdict("points lost, w4a8 gptq/erq/unit", *rows) is False
+    assert verdict("points lost, w4a8 auto/gptq/erq/unit", *rows) is False
 
 
 def test_other_models_have_no_bars_of_accuracy() -> None:

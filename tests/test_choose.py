@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from qpass.calibrate import Samples, TensorStats, collect, input_specs, open_samples
+from qpass.calibrate.ranges import solve_range
 from qpass.choose import (
     BIAS_LIMIT,
     QTable,
+    RangeCache,
     choose_qtable,
     importance,
     solve_weight_range,
@@ -216,3 +218,25 @@ def test_concat_takes_the_numbers_of_its_widest_input(low: float, high: float, w
     assert table["j"].scale == table[widest].scale
     assert table["j"].zero_point == table[widest].zero_point
     assert table["j"].scale != table[other].scale
+
+
+def test_a_cache_gives_the_same_numbers_and_solves_each_range_once(monkeypatch):
+    graph = linear()
+    plan = make_plan(graph, TARGETS["ort-x86"], W8A8)
+    x = RANDOM.standard_normal((4, 1, 16, 4, 4)).astype(np.float32)
+    stats = collect(graph.to_model(), taps_of(graph, plan), samples_of(graph, list(x))).stats
+    wanted = choose_qtable(graph, plan, stats, method="percentile")
+    solved = []
+
+    def counted(*arguments: object) -> object:
+        solved.append(arguments)
+        return solve_range(*arguments)
+
+    monkeypatch.setattr("qpass.choose.solve_range", counted)
+    cache = RangeCache()
+    for _ in range(2):
+        table = choose_qtable(graph, plan, stats, method="percentile", cache=cache)
+        assert table.ranges == wanted.ranges
+    assert len(solved) == len(stats)
+    choose_qtable(graph, plan, stats, method="minmax", cache=cache)
+    assert len(solved) == 2 * len(stats)

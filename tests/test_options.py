@@ -57,7 +57,7 @@ def test_precision_refused(text: str) -> None:
         ({"max_drop": 1.0}, "--max-drop needs --eval"),
         ({"memory": "lots"}, "'lots'"),
         ({"precision": "int8"}, "'int8'"),
-        ({"round": "adaround"}, "--round adaround"),
+        ({"round": "nearest"}, "--round nearest"),
         ({"sampels": 3}, "no option sampels"),
     ],
 )

@@ -99,6 +99,14 @@ def test_bounds_of_a_spec() -> None:
 
 
 @given(pairs(blocks=True))
+def test_fake_quantization_is_what_the_stored_integers_say(pair: tuple[Array, TensorSpec]) -> None:
+    x, spec = pair
+    numbers = numbers_for(x, spec)
+    wanted = dequantize(quantize(x, numbers), numbers)
+    np.testing.assert_array_equal(fake_quantize(x, numbers), wanted)
+
+
+@given(pairs(blocks=True))
 def test_error_is_at_most_half_a_step(pair: tuple[Array, TensorSpec]) -> None:
     """In the range; the range holds all values, so a whole step covers a rounded zero point."""
     x, spec = pair

@@ -45,6 +45,7 @@ def test_nodes_are_counted_and_listed_and_only_there_on_demand(model):
             data=str(model.parent / "data.npz"),
             output=model.parent / f"{allowed}.onnx",
             precision="w3a8",
+            round="rtn",
             samples=48,
             allow_runtime_ops=allowed,
             calibrate="minmax",

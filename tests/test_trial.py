@@ -6,9 +6,11 @@ import numpy as np
 import onnx
 import pytest
 
+from qpass.targets import load_target
 from qpass.trial import CANDIDATES, MARGIN_DB, try_methods
 from tests.jobs import model_of
 
+TARGET = load_target("ort-x86")
 SAMPLES = [{"x": np.linspace(1, 2, 4, dtype=np.float32)[None]}]
 
 
@@ -29,7 +31,7 @@ def scaled(factor: float) -> onnx.ModelProto:
 )
 def test_the_smallest_error_wins(errors: tuple[float, ...], winner: str) -> None:
     wrong = dict(zip(CANDIDATES, errors, strict=True))
-    trial = try_methods(scaled(1.0), lambda name: scaled(1.0 + wrong[name]), SAMPLES)
+    trial = try_methods(scaled(1.0), lambda name: scaled(1.0 + wrong[name]), SAMPLES, TARGET)
     assert trial.method == winner
     for name, error in wrong.items():
         # y is off by `error` of itself: -20 log10 of it, as far as float32 holds 1 + error.

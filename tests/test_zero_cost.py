@@ -17,6 +17,7 @@ from tests.jobs import CNN, DIGITS, op_types, optimize
 
 # Five bits of weight in eight: integer kernels as usual, and errors that are worth correcting.
 PLAIN = {
+    "round": "rtn",  # leaves compensation something to do
     "equalize": False,
     "unified_norm": "off",
     "repair": False,

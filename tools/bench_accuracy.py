@@ -6,6 +6,7 @@ accuracy name models of the zoo; on other models they say nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,7 +17,13 @@ Row = dict[str, Any]
 Judged = tuple[str, str, str, bool]  # name, wanted, got, met
 
 RATIO_MARGIN: Final = 0.02
-GRADIENT_FREE: Final = ("rtn", "mse", "gptq", "erq", "unit")
+WITH_HESSIAN: Final = ("auto", "gptq", "erq", "unit")
+GRADIENT_FREE: Final = ("rtn", "mse", *WITH_HESSIAN)
+PEER_KINDS: Final = ("ort", "nncf", "quark")
+PEER_MARGIN_DB: Final = 2.0
+SAME_LATENCY: Final = 1.05  # peers' files that are slower than this are another trade
+PASSES: Final = 3.5  # what compensation may take, in float passes over its samples,
+UNIT_SECONDS: Final = 0.1  # and besides for each linear op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +43,7 @@ class Accuracy:
         return (
             row["model"].startswith(self.model)
             and options.get("precision", "w8a8") == self.precision
-            and options.get("round", "rtn") in self.rounding
+            and options.get("round", "auto") in self.rounding
             and options.get("activations", "static") == "static"
             and options.get("compensate", "cwac") != "none"
         )
@@ -49,9 +56,9 @@ BARS: Final = (
     Accuracy(model="vit_tiny", precision="w8a8", rounding=ANY, sqnr_db=22.0, drop=0.4),
     Accuracy(model="resnet18", precision="w4a8", rounding=("rtn", "mse"), metric=60.0),
     Accuracy(model="mobilenet_v2", precision="w4a8", rounding=("rtn", "mse"), metric=45.0),
-    Accuracy(model="resnet18", precision="w4a8", rounding=("gptq", "erq", "unit"), drop=1.5),
-    Accuracy(model="mobilenet_v2", precision="w4a8", rounding=("gptq", "erq", "unit"), drop=6.0),
-    Accuracy(model="vit_tiny", precision="w4a8", rounding=("gptq", "erq", "unit"), drop=2.0),
+    Accuracy(model="resnet18", precision="w4a8", rounding=WITH_HESSIAN, drop=1.5),
+    Accuracy(model="mobilenet_v2", precision="w4a8", rounding=WITH_HESSIAN, drop=6.0),
+    Accuracy(model="vit_tiny", precision="w4a8", rounding=WITH_HESSIAN, drop=2.0),
     Accuracy(model="resnet18", precision="w4a8", rounding=("adaround",), drop=0.7),
     Accuracy(model="mobilenet_v2", precision="w4a8", rounding=("adaround",), drop=2.0),
     Accuracy(model="vit_tiny", precision="w4a8", rounding=("adaround",), drop=1.0),
@@ -99,6 +106,12 @@ def judge_compensation(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
     before, after = plain["sqnr_db"], row["sqnr_db"]
     wanted = f">= {before:.2f} dB"
     yield "compensation never worse", wanted, f"{after:.2f} dB", after >= before - 0.005
+    spent = row.get("stage_compensate_seconds")
+    if spent is not None:
+        units = row["integer_ops"] + row["weight_only_ops"] + row["float_ops"]
+        allowed = PASSES * row["float_pass_seconds"] + UNIT_SECONDS * units
+        got = f"{spent:.1f} s of {row['quantize_seconds']:.1f} s"
+        yield "time of compensation", f"<= {allowed:.1f} s", got, spent <= allowed
     if contestant.options.get("allow_runtime_ops"):
         return
     counts = [(r["engine_ops"], r["integer_ops"], r["float_ops"]) for r in (plain, row)]
@@ -113,6 +126,29 @@ def judge_compensation(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
         ratio = row["latency_ratio"] / plain["latency_ratio"]
         met = abs(ratio - 1.0) <= RATIO_MARGIN
         yield "compensation costs no time", f"1 +- {RATIO_MARGIN}", f"{ratio:.3f}", met
+
+
+def judge_against_peers(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
+    """Yield how far an 8-bit result is above the best peer's file that is about as fast."""
+    contestant = parse_contestant(row["contestant"])
+    options = contestant.options
+    if options.get("precision", "w8a8") != "w8a8" or options.get("compensate", "cwac") == "none":
+        return
+    place = (row["model"], row["engine"])
+    peers = {
+        r["contestant"]: r["sqnr_db"]
+        for r in rows
+        if r["kind"] == "model"
+        and (r["model"], r["engine"]) == place
+        and parse_contestant(r["contestant"]).kind in PEER_KINDS
+        and r.get("latency_ratio", math.inf) <= SAME_LATENCY * row.get("latency_ratio", -math.inf)
+    }
+    if not peers:
+        return
+    best = max(peers, key=lambda name: peers[name])
+    wanted = f">= {peers[best] + PEER_MARGIN_DB:.2f} dB ({best} {peers[best]:.2f})"
+    met = row["sqnr_db"] >= peers[best] + PEER_MARGIN_DB
+    yield "2 dB above the best peer", wanted, f"{row['sqnr_db']:.2f} dB", met
 
 
 def _is_plain_twin(other: Row, row: Row, contestant: Contestant) -> bool:

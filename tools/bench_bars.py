@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bench_accuracy import judge_accuracy, judge_compensation
+from bench_accuracy import judge_accuracy, judge_against_peers, judge_compensation
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ def judge_bars(rows: Sequence[Row]) -> list[Bar]:
             head = row["contestant"].split(",")[0]
             if OWN_ENGINE.get(head) == row["engine"]:
                 bars += _model_bars(row, done)
-                for judge in (judge_accuracy, judge_compensation):
+                for judge in (judge_accuracy, judge_compensation, judge_against_peers):
                     for name, wanted, got, met in judge(row, done):
                         bars.append(_bar(name, row, wanted, got, met=met))
         elif row["kind"] == "calibration":

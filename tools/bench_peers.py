@@ -6,7 +6,7 @@ A contestant is written ``KIND[:ARGUMENT[,KEY=VALUE...]]``:
     qpass:ort-x86,activations=dynamic    qpass, a target and any options of `qpass.optimize`
     ort:minmax|entropy|percentile        onnxruntime.quantization, static QDQ, U8S8, per channel
     ort:dynamic                          the same package, MatMul and Gemm with dynamic ranges
-    nncf[,preset=performance]            nncf.quantize, fast bias correction
+    nncf[,preset=performance][,accurate=true]    nncf.quantize, fast or accurate bias correction
     quark[:minmax|entropy|percentile][,bias=true]   quark.onnx, U8S8, per channel
     file:PATH                            a file made elsewhere; {model} in PATH is the model's name
 
@@ -213,6 +213,7 @@ def _nncf() -> Callable[[Task], dict[str, Any]]:
             preset=nncf.QuantizationPreset[preset],
             subset_size=len(task.samples),
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
+            fast_bias_correction=not task.contestant.options.get("accurate"),
         )
         onnx.save(quantized, task.output)
         return {}

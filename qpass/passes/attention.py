@@ -19,7 +19,7 @@ Preconditions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -47,28 +47,27 @@ _ADDS: Final = frozenset({"Add", "Sub"})
 _SCALES: Final = frozenset({"Mul", "Div"})
 
 
-def key_channels(graph: Graph, sample: Feeds) -> dict[str, Array]:
+def key_channels(graph: Graph, shapes: Shapes) -> dict[str, Array]:
     """Return, by the name of each linear op that makes keys, which of its channels are only keys.
 
     Args:
         graph: the float graph.
-        sample: inputs of the graph by name, one batch.
+        shapes: of its tensors.
 
     Returns:
         Boolean arrays, one entry per output channel; ops without such channels are left out.
     """
-    products = {id(node) for node in graph.nodes if _feeds_softmax(graph, node)}
+    products = {id(node) for node in graph.nodes if feeds_softmax(graph, node)}
     if not products:
         return {}
-    shapes = _Shapes(graph=graph, sample=sample)
     found: dict[str, Array] = {}
     for node in graph.nodes:
         if not is_weighted(node):
             continue
         reached = _Reached()
-        if not _leads_to(graph, node.outputs[0], products):
+        if not leads_to(graph, node.outputs[0], products, operands=(1,)):
             continue
-        ids = _channel_numbers(node, shapes)
+        ids = channel_numbers(node, shapes)
         if ids is None:
             continue
         _follow(graph, node.outputs[0], ids, products, shapes, reached)
@@ -89,7 +88,7 @@ class _Reached:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Shapes:
+class Shapes:
     """Values of small tensors (shapes, indices) and shapes of large ones, from one sample."""
 
     graph: Graph
@@ -112,7 +111,7 @@ class _Shapes:
         return self.value(tensor).shape
 
 
-def _feeds_softmax(graph: Graph, node: Node) -> bool:
+def feeds_softmax(graph: Graph, node: Node) -> bool:
     """True for a product of two activations whose only way on is to Softmax over the last axis."""
     if node.op != "MatMul" or any(isinstance(t, Constant) for t in node.inputs):
         return False
@@ -149,20 +148,22 @@ def _is_number(tensor: Tensor) -> bool:
     return isinstance(tensor, Constant) and array_of(tensor).size == 1
 
 
-def _leads_to(graph: Graph, tensor: Tensor, products: set[int]) -> bool:
-    """True when a walk through moving ops from `tensor` meets one of `products`."""
+def leads_to(
+    graph: Graph, tensor: Tensor, products: Collection[int], *, operands: Collection[int]
+) -> bool:
+    """True when a walk through moving ops from `tensor` meets an operand of one of `products`."""
     waiting, seen = [tensor], set()
     while waiting:
         for reader, index in graph.consumers(waiting.pop()):
-            if id(reader) in products and index == 1:
+            if id(reader) in products and index in operands:
                 return True
-            if id(reader) not in seen and _passes(reader, index):
+            if id(reader) not in seen and passes(reader, index):
                 seen.add(id(reader))
                 waiting.extend(reader.outputs)
     return False
 
 
-def _passes(node: Node, index: int) -> bool:
+def passes(node: Node, index: int) -> bool:
     """True when `node` only moves its input `index`, shifts it, or multiplies it by one number."""
     if node.op in MOVERS:
         return index == 0
@@ -178,7 +179,7 @@ def _channels(node: Node) -> int:
     return count * int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else count
 
 
-def _channel_numbers(node: Node, shapes: _Shapes) -> Array | None:
+def channel_numbers(node: Node, shapes: Shapes) -> Array | None:
     """Return the output of a linear op with the number of its channel for each value."""
     shape, count = shapes.shape(node.outputs[0]), _channels(node)
     axis = 1 if node.op in ("Conv", "ConvTranspose") else len(shape) - 1
@@ -190,7 +191,7 @@ def _channel_numbers(node: Node, shapes: _Shapes) -> Array | None:
 
 
 def _follow(
-    graph: Graph, tensor: Tensor, ids: Array, products: set[int], shapes: _Shapes, reached: _Reached
+    graph: Graph, tensor: Tensor, ids: Array, products: set[int], shapes: Shapes, reached: _Reached
 ) -> None:
     """Note where the channels in `tensor` go to."""
     if graph.is_output(tensor) or tensor.name in graph.captured:
@@ -200,14 +201,14 @@ def _follow(
             # Keys lie along the last axis; a channel that differs between keys does not cancel.
             same = (ids == ids[..., :1]).all()
             (reached.keys if same else reached.others).update(np.unique(ids).tolist())
-        elif _passes(reader, index):
-            for out, moved in _moved(reader, ids, shapes):
-                _follow(graph, out, moved, products, shapes, reached)
+        elif passes(reader, index):
+            for out, there in moved(reader, ids, shapes):
+                _follow(graph, out, there, products, shapes, reached)
         else:
             reached.others.update(np.unique(ids).tolist())
 
 
-def _moved(node: Node, ids: Array, shapes: _Shapes) -> Iterator[tuple[Tensor, Array]]:
+def moved(node: Node, ids: Array, shapes: Shapes) -> Iterator[tuple[Tensor, Array]]:
     """Yield the outputs of one passing op, with the numbers of the channels in them."""
     if node.op not in MOVERS:
         shape = shapes.shape(node.outputs[0])

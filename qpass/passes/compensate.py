@@ -7,7 +7,8 @@ What it does
 Where it aims
     ``global``: at the float model's own activations. ``local``: at what the float op makes of the
     quantized input. The last linear op of a residual branch aims at the float *sum* minus the
-    quantized skip, so that the error of the skip is corrected where the branch joins it.
+    quantized skip, so that the error of the skip is corrected where the branch joins it. Queries
+    and keys then get gains for the scores that they make together (see `attention_scores`).
 Why it never makes things worse
     Samples are held out. A channel loses a correction that hurts on samples it was not fitted to
     (see `channel_gate`), and the whole is kept only where the model's outputs are surely closer to
@@ -26,7 +27,8 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from qpass.graph import Graph, Node
-from qpass.passes.attention import key_channels, without_means
+from qpass.passes.attention import Shapes, key_channels, without_means
+from qpass.passes.attention_scores import Scores, find_scores, with_scores
 from qpass.passes.channel_affine import Array, ChannelAffine, FitKind
 from qpass.passes.channel_gate import CONFIDENCE, solve_gated
 from qpass.passes.compensation import Compensation, LayerCompensation, layer_of
@@ -37,6 +39,7 @@ from qpass.passes.correct_between import (
     correct_linear_at_runtime,
     nodes_of_units,
 )
+from qpass.passes.correct_input import InputChange, correct_input
 from qpass.passes.fold_affine import Site, find_site, fold
 from qpass.passes.model_gate import Verdict, judge
 from qpass.passes.output_range import Stretch, output_range, solve_stretch, stretch_range
@@ -61,6 +64,7 @@ class _Options:
     first_held: int  # number of the first batch that is held out
     between: Between
     keys: Mapping[str, Array]  # channels whose offset a softmax cancels, by linear op
+    scores: Mapping[str, Sequence[Scores]]  # products that the gains are fitted to, likewise
     ridge: float
     confidence: float
     fit: FitKind
@@ -78,7 +82,7 @@ class _Change:
     stretch: Stretch | None
 
 
-Change: TypeAlias = _Change | NormChange | RuntimeChange
+Change: TypeAlias = _Change | NormChange | RuntimeChange | InputChange
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +142,9 @@ def compensate(
     plain: list[dict[str, Array]] = []
     verdict: Verdict | None = None
     refusals = []
-    keys = key_channels(reference, batches[0])
+    shapes = Shapes(graph=reference, sample=batches[0])
+    keys = key_channels(reference, shapes)
+    products = find_scores(reference, shapes) if target == "global" else {}
     methods: tuple[Method, ...] = ("cwac", "bias") if method == "cwac" else ("bias",)
     for candidate in methods:
         options = _Options(
@@ -154,6 +160,7 @@ def compensate(
                 confidence=confidence,
             ),
             keys=keys,
+            scores=products if candidate == "cwac" else {},
             ridge=ridge,
             confidence=confidence,
             fit=fit,
@@ -219,6 +226,17 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
         if step.unit.linear is None:
             continue
         original = originals[step.unit.linear]
+        if options.between.norms and options.between.gains:
+            walk.add(
+                *correct_input(
+                    step,
+                    graph,
+                    nodes,
+                    original,
+                    first_held=options.first_held,
+                    ridge=options.ridge,
+                )
+            )
         site = find_site(graph, nodes, original)
         if isinstance(site, str):
             walk.refusals.append(Refusal(rule="compensate", where=original.name, reason=site))
@@ -238,7 +256,12 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
             local=options.target == "local",
             first_held=options.first_held,
         )
-        measured = look()
+        scores = [
+            found.sums(nodes)
+            for found in options.scores.get(original.name, ())
+            if found.product.name in nodes
+        ]
+        measured = look(scores=scores)
         cancelled = options.keys.get(original.name)
         if cancelled is not None:
             measured.fit = [without_means(m, cancelled) for m in measured.fit]
@@ -250,6 +273,8 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
             confidence=options.confidence,
             fit=options.fit_of(stream.reference, original),
         )
+        solved, refused = with_scores(scores, site, solved)
+        walk.refusals.extend(refused)
         stretch = None
         if solved.gain_and_offset or solved.offset_only:
             parts = refit(graph, site, measured.fit, solved.affine, look, cancelled=cancelled)
@@ -292,7 +317,7 @@ def _replay(reference: Graph, quantized: Graph, changes: Sequence[Change]) -> No
     nodes = {node.name: node for node in quantized.nodes}
     originals = {node.name: node for node in reference.nodes}
     for change in changes:
-        if isinstance(change, NormChange | RuntimeChange):
+        if isinstance(change, NormChange | RuntimeChange | InputChange):
             change.apply(quantized)
             continue
         site = find_site(quantized, nodes, originals[change.linear])

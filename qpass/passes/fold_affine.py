@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qpass.errors import InternalError
-from qpass.graph import Constant, Graph, Node, array_of
+from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.matching import weight_axis
 from qpass.passes.channel_affine import Array, ChannelAffine, GainKind
 from qpass.passes.requantize import Rounding, find_rounding, requantize, scaled_weight
@@ -112,6 +112,8 @@ def find_site(graph: Graph, nodes: Mapping[str, Node], reference: Node) -> Site 
     groups = int(reference.attrs.get("group", 1)) if reference.op == "ConvTranspose" else 1
     bias_inside = node.op != "MatMul"
     bias_slot, offset, reason = _bias_place(graph, node, inside=bias_inside)
+    # A gain of the output is one of the bias inside of the op as well.
+    gain: GainKind = "none" if bias_inside and not offset else place.kind
     return Site(
         linear=reference.name,
         op=reference.op,
@@ -119,14 +121,14 @@ def find_site(graph: Graph, nodes: Mapping[str, Node], reference: Node) -> Site 
         tap=node.outputs[0].name,
         axis=1 if reference.op in ("Conv", "ConvTranspose") else -1,
         channels=channels * groups,
-        gain=place.kind,
+        gain=gain,
         gain_slot=place.slot,
         gain_axis=place.axis,
         offset=offset,
         bias_slot=bias_slot,
         bias_inside=bias_inside,
         reasons=(*place.reasons, *([reason] if reason else [])),
-        shared=len(graph.consumers(node.inputs[1])) > 1,
+        shared=is_shared(graph, node.inputs[1]),
         groups=groups,
         rounding=place.rounding,
     )
@@ -160,8 +162,8 @@ def fold(graph: Graph, site: Site, affine: ChannelAffine) -> None:
 def _fold_gain(graph: Graph, site: Site, gain: Array) -> None:
     slot, node = site.gain_slot, site.node
     dequantized = slot.node is not node
-    if dequantized and len(graph.consumers(node.inputs[1])) > 1:
-        slot = Slot(node=_own_dequantizer(graph, node, slot.node), index=slot.index)
+    if dequantized and is_shared(graph, node.inputs[1]):
+        slot = Slot(node=own_dequantizer(graph, node, slot.node), index=slot.index)
     if site.rounding is not None:
         old = site.rounding.weight
         axis = weight_axis(node, old.ndim) % old.ndim
@@ -177,7 +179,12 @@ def _fold_gain(graph: Graph, site: Site, gain: Array) -> None:
     slot.write(graph, scaled.astype(values.dtype))
 
 
-def _own_dequantizer(graph: Graph, node: Node, shared: Node) -> Node:
+def is_shared(graph: Graph, tensor: Tensor) -> bool:
+    """True when more than one op reads `tensor`; a body of control flow may."""
+    return len(graph.consumers(tensor)) > 1 or tensor.name in graph.captured
+
+
+def own_dequantizer(graph: Graph, node: Node, shared: Node) -> Node:
     """Give `node` a DequantizeLinear of its own, from the same integers."""
     old = node.inputs[1]
     weight = graph.variable(old.name, old.dtype, old.shape)
@@ -256,6 +263,8 @@ def _bias_place(graph: Graph, node: Node, *, inside: bool) -> tuple[Slot | None,
     out = node.outputs[0]
     while True:
         readers = graph.consumers(out)
+        if out.name in graph.captured:
+            return None, False, "a body of control flow reads it in front of its bias"
         if len(readers) != 1 or graph.is_output(out):
             return None, False, "there is no bias behind it (--allow-runtime-ops would add one)"
         reader, index = readers[0]

@@ -11,9 +11,10 @@ Why it is exact
     input. The next linear op sees what Mul and Add behind the norm would give it, and a gain along
     its *input* channels is just what no scale of its integer weight could express.
 What it leaves to others
-    An offset in front of a linear op is a constant behind it: ``W (x + o) + b == W x + (b + W o)``
-    (with zero padding only inside of the borders). The fit at the output of that op finds the best
-    constant anyway, so it is not fitted twice.
+    The weights of linear ops take gains by input channel too, but have to be rounded again for it:
+    see `fold_linear`. An offset in front of a linear op is a constant behind it,
+    ``W (x + o) + b == W x + (b + W o)`` (with zero padding only inside of the borders), which the
+    fit at its output finds anyway.
 Preconditions
     As for `fold_affine`. Constants that were quantized are left alone.
 """

@@ -17,7 +17,7 @@ Preconditions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import helper
@@ -55,9 +55,41 @@ class Rounding:
         ratio = weight.astype(np.float32) / self.along(scale).astype(np.float32)
         return np.clip(np.rint(ratio), self.low, self.high)
 
+    def nearest(self) -> Array:
+        """Return the nearest integers to the weight, relative to the zero point."""
+        return self.round(self.weight, self.scale)
+
+    def values(self, centred: Array, scale: Array | None = None) -> Array:
+        """Return what integers relative to the zero point stand for, float64."""
+        scale = self.scale if scale is None else scale
+        values: Array = centred * self.along(scale.astype(np.float64))
+        return values
+
 
 def find_rounding(dequantizer: Node, weight: Constant) -> Rounding | str:
     """Return how the integers behind `dequantizer` came from `weight`, or why that is unknown."""
+    found = _grid_of(dequantizer, weight)
+    if isinstance(found, Rounding) and (_centred(dequantizer, found) != found.nearest()).any():
+        return "its integers are not the nearest ones to the float weight"
+    return found
+
+
+def find_grid(dequantizer: Node, weight: Constant) -> Rounding | str:
+    """As `find_rounding`, for integers that any method has chosen.
+
+    Where they are not the nearest ones to `weight`, what they stand for takes its place: a change
+    that is small against a step leaves them as they are.
+    """
+    found = _grid_of(dequantizer, weight)
+    if not isinstance(found, Rounding):
+        return found
+    centred = _centred(dequantizer, found)
+    if (centred != found.nearest()).any():
+        return replace(found, weight=found.values(centred))
+    return found
+
+
+def _grid_of(dequantizer: Node, weight: Constant) -> Rounding | str:
     stored = dequantizer.inputs[0]
     if not isinstance(stored, Constant) or dequantizer.attrs.get("block_size", 0):
         return "its scales belong to blocks"
@@ -74,7 +106,7 @@ def find_rounding(dequantizer: Node, weight: Constant) -> Rounding | str:
         return "its zero points differ"
     storage = storage_of(helper.np_dtype_to_tensor_dtype(kept.dtype))
     low, high = _used(integers - int(zero.flat[0]), storage, int(zero.flat[0]))
-    rounding = Rounding(
+    return Rounding(
         weight=values,
         scale=scale,
         zero=zero,
@@ -83,10 +115,12 @@ def find_rounding(dequantizer: Node, weight: Constant) -> Rounding | str:
         high=high,
         powers_of_two=bool((np.frexp(scale)[0] == 0.5).all()),
     )
-    nearest = rounding.round(values, scale)
-    if (np.abs(integers - int(zero.flat[0]) - nearest) > 0).any():
-        return "its integers are not the nearest ones to the float weight"
-    return rounding
+
+
+def _centred(dequantizer: Node, rounding: Rounding) -> Array:
+    """Return the integers that are there, relative to the zero point."""
+    integers: Array = array_of(dequantizer.inputs[0]).astype(np.int64)
+    return integers - int(rounding.zero.flat[0])
 
 
 def _used(centred: Array, storage: StorageType, zero: int) -> tuple[int, int]:
@@ -141,7 +175,11 @@ def solve_rounding(rounding: Rounding, weight: Array) -> tuple[Array, Array]:
 
 def requantize(graph: Graph, dequantizer: Node, rounding: Rounding, weight: Array) -> None:
     """Put a changed float weight, as integers and scales, behind `dequantizer` alone."""
-    integers, scale = solve_rounding(rounding, weight)
+    write_integers(graph, dequantizer, *solve_rounding(rounding, weight))
+
+
+def write_integers(graph: Graph, dequantizer: Node, integers: Array, scale: Array) -> None:
+    """Put new integers and scales behind `dequantizer` alone; types stay."""
     stored, old_scale = dequantizer.inputs[:2]
     for index, tensor, values in (
         (0, stored, integers.astype(array_of(stored).dtype)),

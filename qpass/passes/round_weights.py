@@ -4,9 +4,11 @@ What it does
     Walks the linear ops in execution order with the activations of both graphs at hand, and writes
     new integers (and the offset that goes with them) into the quantized graph:
     ``gptq`` rounds the float weight against the Hessian of the quantized input;
+    ``auto`` is gptq with less effort where weights have many levels (see `_effort`);
     ``erq`` first refits the float weight to the quantized input, then rounds by halves;
     ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
-    minus the quantized skip, rounds it as gptq does, and sweeps back over the unit.
+    minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
+    ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients.
 Why it never makes a layer worse
     A quarter of the batches is held out. The new integers of a layer have to give a smaller error
     there than rounding to nearest, otherwise those stay, and the report says so.
@@ -31,7 +33,8 @@ from numpy.typing import NDArray
 from qpass.graph import Graph, array_of
 from qpass.passes.rounding.basic_units import find_basic_units
 from qpass.passes.rounding.erq import solve_erq
-from qpass.passes.rounding.gptq import factorize, solve_gptq
+from qpass.passes.rounding.gptq import SWEEPS, factorize, solve_gptq
+from qpass.passes.rounding.gradient import check_torch, reconstruct_unit
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.passes.rounding.refit import HeldRows, choose_refit
@@ -44,14 +47,38 @@ from qpass.submodel import Feeds
 from qpass.units import split_into_units
 
 Array = NDArray[Any]
-Method = Literal["gptq", "erq", "unit"]
-# Rows that enter the sums: so many for each input, for they have to span its space well.
-ROWS_PER_INPUT: Final = 32
+Method = Literal["auto", "gptq", "erq", "unit", "adaround"]
+UNITWISE: Final = ("unit", "adaround")
 LEAST_ROWS: Final = 4096
 HELD_ROWS: Final = 2048
 # With few rows the Hessian says more than the samples know: stronger dampings compete then.
 DAMPINGS: Final = (0.01, 0.1, 1.0)
 ENOUGH_ROWS: Final = 8  # for each input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What a layer may cost.
+
+    rows
+        That enter the sums, for each input: they have to span its space well.
+    sweeps
+        Of coordinate descent behind the rounding, at most.
+    inputs
+        Layers with more of them stay as they are; None: no limit.
+    """
+
+    rows: int
+    sweeps: int
+    inputs: int | None = None
+
+
+FULL: Final = Effort(rows=32, sweeps=SWEEPS)
+# What `auto` spends on weights with many levels. The cost grows with the cube of the inputs, and
+# the more inputs add up, the less their rounding errors weigh against those of the activations.
+# resnet18 W8A8, dB and seconds: nearest 26.41 and 0; up to 576 inputs 26.80; see DESIGN.md.
+QUICK: Final = Effort(rows=ENOUGH_ROWS, sweeps=0, inputs=1152)
+WIDE_LEVELS: Final = 100  # 7 bits and more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +137,7 @@ def round_weights(
     holdout: float = 0.25,
     threads: int | None = None,
     seed: int = 0,
+    iterations: int = 300,
     progress: Progress | None = None,
 ) -> Rounding:
     """Replace the integers of `quantized` by better ones, layer by layer.
@@ -123,16 +151,22 @@ def round_weights(
         memory_bytes: activations above this go to files.
         holdout: share of the batches that judge; at least one.
         threads: threads of each session.
-        seed: of the choice of rows.
+        seed: of the choice of rows, and of what adaround mixes.
+        iterations: of adaround, for each unit.
         progress: told after each unit.
+
+    Raises:
+        RecipeError: adaround without torch.
     """
     begin = time.perf_counter()
+    if method == "adaround":
+        check_torch("--round adaround")
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
     walk = _Walk(method=method, first_held=len(batches) - held, random=np.random.default_rng(seed))
     if held < 1:
         walk.refuse("model", "there is only one batch: nothing could be held out to judge by")
         return walk.result(begin)
-    ends = [unit[-1] for unit in find_basic_units(reference)] if method == "unit" else None
+    ends = [unit[-1] for unit in find_basic_units(reference)] if method in UNITWISE else None
     names = iter([node.name for node in reference.nodes])
     with Stream(
         reference,
@@ -150,8 +184,16 @@ def round_weights(
         for step in stream:
             inside = [layers[name] for name in islice(names, step.unit.nodes) if name in layers]
             rounded = [layer for layer in inside if _round(stream, step, layer, walk)]
-            if method == "unit":
+            if method in UNITWISE:
                 for name, reason in sweep_back(stream, rounded, walk.first_held):
+                    walk.refuse(name, reason)
+            if method == "adaround":
+                settings = {"iterations": iterations, "seed": seed, "threads": threads}
+                learned, kept = reconstruct_unit(
+                    stream, step, inside, first_held=walk.first_held, settings=settings
+                )
+                walk.rounded |= {layer.name: layer for layer in learned}
+                for name, reason in kept:
                     walk.refuse(name, reason)
     return walk.result(begin)
 
@@ -169,13 +211,24 @@ def replay(
     return replace(rounding.report, seconds=time.perf_counter() - begin)
 
 
+def _effort(layer: Layer, method: Method) -> Effort:
+    levels = layer.numbers.qmax - layer.numbers.qmin
+    return QUICK if method == "auto" and levels >= WIDE_LEVELS else FULL
+
+
 def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     """Round one layer; True when that is better on the held-out rows and was written."""
-    sums, held = _measure(stream, step, layer, walk)
+    effort, inputs = _effort(layer, walk.method), layer.layout.inputs
+    if effort.inputs is not None and inputs > effort.inputs:
+        reason = f"{inputs} inputs, `auto` ends at {effort.inputs} (--round gptq does not)"
+        walk.refuse(layer.name, f"{reason}: the nearest integers stay")
+        return False
+    sums, held = _measure(stream, step, layer, walk, effort.rows)
     grid, weight = layer.grid(), layer.weight()
     wanted = weight
-    if walk.method in ("erq", "unit"):
+    if walk.method in ("erq", *UNITWISE):
         wanted, _ = choose_refit(weight, sums, held)
+        layer.wanted = wanted
     error = plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())
     integers: Array | None = None
     reason = ""
@@ -184,8 +237,10 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         if isinstance(factor, str):
             reason = factor
             break
-        solve = solve_erq if walk.method == "erq" else solve_gptq
-        candidate = solve(wanted, factor, grid)
+        if walk.method == "erq":
+            candidate = solve_erq(wanted, factor, grid)
+        else:
+            candidate = solve_gptq(wanted, factor, grid, sweeps=effort.sweeps)
         found = float(held.error(grid.values(candidate), sums).sum())
         if found < error:
             error, integers = found, candidate
@@ -205,12 +260,14 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     return True
 
 
-def _measure(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> tuple[InputSums, HeldRows]:
+def _measure(
+    stream: Stream, step: Step, layer: Layer, walk: _Walk, rows_per_input: int
+) -> tuple[InputSums, HeldRows]:
     """Run the unit up to the layer; sum up its rows and keep those that are held out."""
     layout, batches = layer.layout, len(stream.batches)
     sums = InputSums(layout=layout, centered=layer.site.offset)
     held: list[tuple[Array, Array]] = []
-    fit_rows = max(LEAST_ROWS, ROWS_PER_INPUT * layout.inputs) // walk.first_held
+    fit_rows = max(LEAST_ROWS, rows_per_input * layout.inputs) // walk.first_held
     held_rows = HELD_ROWS // (batches - walk.first_held)
     for batch, (inputs, wanted) in enumerate(_pairs(step, layer, walk)):
         rows = layout.positions(wanted)
@@ -227,8 +284,8 @@ def _measure(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> tuple[Inp
 
 def _pairs(step: Step, layer: Layer, walk: _Walk) -> Iterator[tuple[Array, Array]]:
     """Yield for each batch the quantized input of a layer and what the product should give."""
-    # Only `unit` aims at residual sums; the methods that it is compared with know nothing of them.
-    skip = layer.skip if walk.method == "unit" else None
+    # Only units aim at residual sums; the methods that it is compared with know nothing of them.
+    skip = layer.skip if walk.method in UNITWISE else None
     output, source = layer.original.outputs[0].name, layer.node.inputs[0].name
     pairs = [Pair(float_name=output, quantized_name=source), *([skip] if skip else [])]
     bias = layer.layout.along_channels(layer.bias().astype(np.float32))

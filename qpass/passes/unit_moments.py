@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
+from qpass.passes.attention_scores import ScoreSums
 from qpass.passes.channel_affine import Array, PairMoments, merge_all
 from qpass.passes.fold_affine import Site
 from qpass.passes.output_range import Extremes
@@ -26,7 +28,15 @@ class Measured:
     extremes: Extremes = field(default_factory=Extremes)
 
 
-def measure(step: Step, site: Site, skip: Pair | None, *, local: bool, first_held: int) -> Measured:
+def measure(
+    step: Step,
+    site: Site,
+    skip: Pair | None,
+    *,
+    local: bool,
+    first_held: int,
+    scores: Sequence[ScoreSums] = (),
+) -> Measured:
     """Run the unit and collect what the fit needs.
 
     Args:
@@ -35,19 +45,24 @@ def measure(step: Step, site: Site, skip: Pair | None, *, local: bool, first_hel
         skip: what is added behind the last linear op of a residual branch: the sum is aimed at.
         local: aim at what the float op makes of the quantized input.
         first_held: number of the first batch that nothing is fitted to.
+        scores: of attentions, whose operands are fetched and summed up on the way.
     """
     measured = Measured(held=PairMoments.empty(site.channels))
-    also = () if skip is None else (skip,)
-    for tap in step.taps(site.tap, local=local, also=also):
+    skips = () if skip is None else (skip,)
+    operands = [pair for sums in scores for pair in sums.pairs]
+    for tap in step.taps(site.tap, local=local, also=(*skips, *operands)):
         got, floating = thinned(tap.quantized), thinned(tap.float)
         wanted = floating if tap.local is None else thinned(tap.local)
-        for skip_float, skip_quantized in tap.also:
+        for skip_float, skip_quantized in tap.also[: len(skips)]:
             wanted = wanted + (thinned(skip_float) - thinned(skip_quantized))
         parts = min(GROUPS, len(got))
         groups = [
             PairMoments.of(*pair, axis=site.axis)
             for pair in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
         ]
+        fetched = tap.also[len(skips) :]
+        for sums, query, key in zip(scores, fetched[::2], fetched[1::2], strict=True):
+            sums.update(query, key, held=tap.batch >= first_held)
         measured.extremes.update(got, floating, axis=site.axis)
         if tap.batch < first_held:
             measured.fit.extend(groups)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qpass.graph import Graph
-from qpass.passes.attention import key_channels, without_means
+from qpass.passes.attention import Shapes, key_channels, without_means
 from qpass.passes.channel_affine import PairMoments
 from qpass.passes.channel_gate import solve_gated
 from qpass.passes.compensate import compensate
@@ -119,9 +119,13 @@ def sample(rows: int = 2, *, seed: int = 3) -> dict[str, np.ndarray]:
     return {"x": normal((rows, TOKENS, WIDTH), seed=seed)}
 
 
+def keys_of(graph: Graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return key_channels(graph, Shapes(graph=graph, sample=feeds))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_key_third_of_a_fused_projection(form):
-    (found,) = key_channels(attention(FORMS[form]), sample()).items()
+    (found,) = keys_of(attention(FORMS[form]), sample()).items()
     assert found[0] == "qkv"
     np.testing.assert_array_equal(np.flatnonzero(found[1]), np.arange(WIDTH, 2 * WIDTH))
 
@@ -160,7 +164,7 @@ def test_separate_projections_and_two_blocks():
         f"{shape} x", f"{shape} y", text,
         **weights, b8=np.ones(WIDTH, np.float32), root=np.float32(2),
     )  # fmt: skip
-    found = key_channels(graph, sample())
+    found = keys_of(graph, sample())
     assert list(found) == ["k"]
     assert found["k"].all()
 
@@ -178,7 +182,7 @@ def test_keys_from_a_convolution():
         "float[1,4,3,3] x", "float[1,9,9] y", text,
         w=normal((6, 4, 1, 1)), flat=np.array([0, 3, 9]),
     )  # fmt: skip
-    found = key_channels(graph, {"x": normal((1, 4, 3, 3))})
+    found = keys_of(graph, {"x": normal((1, 4, 3, 3))})
     np.testing.assert_array_equal(np.flatnonzero(found["kq"]), [3, 4, 5])
 
 
@@ -226,12 +230,12 @@ NOT_KEYS = {
 @pytest.mark.parametrize("why", NOT_KEYS)
 def test_what_an_offset_does_change_is_no_key(why):
     middle, tail = NOT_KEYS[why]
-    assert key_channels(attention(middle, tail=tail), sample()) == {}
+    assert keys_of(attention(middle, tail=tail), sample()) == {}
 
 
 def test_the_block_of_the_other_tests():
     graph = transformer()
-    (mask,) = key_channels(graph, {"x": normal((2, 6, 32))}).values()
+    (mask,) = keys_of(graph, {"x": normal((2, 6, 32))}).values()
     np.testing.assert_array_equal(np.flatnonzero(mask), np.arange(32, 64))
 
 

@@ -19,7 +19,16 @@ from qpass.passes.check_biases import check_bias_scales
 from qpass.passes.dynamic import make_dynamic
 from qpass.passes.fold_affine import Site, find_site, fold
 from qpass.passes.lower import lower_biases, raise_matmul_biases
-from tests.folds import affine_of, explicit, graph_of, normal, powers_of_two, rounded, run
+from tests.folds import (
+    affine_of,
+    exact_affine,
+    explicit,
+    graph_of,
+    normal,
+    powers_of_two,
+    rounded,
+    run,
+)
 
 # name: input, weight, axis of the scales, op (weight w, bias b), shape of the bias, tap, axis of y
 ROWS = {
@@ -37,12 +46,6 @@ ROWS = {
     "conv without bias": ([2, 4, 5, 5], (6, 4, 3, 3), 0, "y = Conv (x, w)", None, "y", -3),
 }  # fmt: skip
 CHANNELS = 6
-
-
-def exact_affine(channels: int = CHANNELS, *, seed: int = 1) -> ChannelAffine:
-    random = np.random.default_rng(seed)
-    gain = random.choice([0.5, 0.75, 1.25, 1.5, 2.0], channels)
-    return ChannelAffine(gain=gain, offset=random.integers(-64, 65, channels) / 16)
 
 
 def case(name: str, *, integer: bool, block: int | None = None) -> Graph:
@@ -89,7 +92,7 @@ def site_of(graph: Graph, reference: Graph, name: str = "op") -> Site:
 @pytest.mark.parametrize("name", ROWS)
 def test_folded_equals_explicit_bit_for_bit(name, integer):
     reference, graph = case(name, integer=False), case(name, integer=integer)
-    affine, feeds = exact_affine(), whole_numbers(name)
+    affine, feeds = exact_affine(CHANNELS), whole_numbers(name)
     _, _, _, _, _, tap, axis = ROWS[name]
     site = site_of(graph, reference)
     assert (site.gain, site.offset, site.rounding, site.reasons) == ("channel", True, None, ())
@@ -165,7 +168,8 @@ def test_blocked_int4_scales_take_the_gain(rows):
         f"w = DequantizeLinear <axis = 0, block_size = 16> (q, s) {body}",
         q=integers, s=scale, **constants,
     )  # fmt: skip
-    affine, feeds = exact_affine(), {"x": random.integers(-4, 5, (3, rows)).astype(np.float32)}
+    feeds = {"x": random.integers(-4, 5, (3, rows)).astype(np.float32)}
+    affine = exact_affine(CHANNELS)
     (want,) = run(explicit(graph, "h", affine, -1), feeds)
     site = site_of(graph, reference)
     assert (site.gain, site.gain_axis) == ("channel", 1)
@@ -176,7 +180,7 @@ def test_blocked_int4_scales_take_the_gain(rows):
 def test_dynamic_activations_take_the_gain_in_the_scale_behind_the_product():
     """MatMulInteger: the scale enters the Mul behind it, the bias is the Add behind that."""
     reference, graph = case("matmul", integer=False), case("matmul", integer=True)
-    affine, feeds = exact_affine(), {"x": normal((2, 5, 4))}
+    affine, feeds = exact_affine(CHANNELS), {"x": normal((2, 5, 4))}
     folded, wanted = graph, explicit(graph, "h", affine, -1)
     fold(folded, site_of(folded, reference), affine)
     for one in (folded, wanted):

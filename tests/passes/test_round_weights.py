@@ -12,7 +12,7 @@ import qpass
 from qpass.dtypes import INT8
 from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
-from qpass.passes.round_weights import Method, replay, round_weights
+from qpass.passes.round_weights import QUICK, Method, replay, round_weights
 from qpass.qparams import QParams
 from qpass.verify.metrics import sqnr_db
 from tests.folds import graph_of, normal, rounded
@@ -20,7 +20,7 @@ from tests.jobs import CNN, DIGITS
 from tests.rounded import numbers_of, quantized_at
 from tests.small_models import feeds_of, residual_cnn, run, transformer
 
-METHODS: tuple[Method, ...] = ("gptq", "erq", "unit")
+METHODS: tuple[Method, ...] = ("auto", "gptq", "erq", "unit")
 MODELS: tuple[Callable[[], Graph], ...] = (residual_cnn, transformer)
 
 
@@ -149,6 +149,35 @@ def test_a_layer_without_signal_is_named() -> None:
     assert "always the same" in refusal.reason
 
 
+def wide(steps: int, inputs: int) -> tuple[Graph, Graph, QParams]:
+    """One MatMul with so many levels and inputs."""
+    weight = normal((inputs, 4), seed=1)
+    constants = rounded("w", weight, 1, steps=steps)
+    shapes = f"float[N, {inputs}] x", "float[N, 4] y"
+    body = "[fc] y = MatMul (x, w)"
+    dq = "w = DequantizeLinear <axis = 1> (w_int, w_scale, w_zero)\n"
+    numbers = QParams(
+        scale=constants["w_scale"], zero_point=np.zeros(4, np.int8), storage=INT8, qmin=-steps,
+        qmax=steps, axis=1,
+    )  # fmt: skip
+    return graph_of(*shapes, body, w=weight), graph_of(*shapes, dq + body, **constants), numbers
+
+
+@pytest.mark.parametrize(
+    ("steps", "inputs", "changed"),
+    [(127, 24, True), (127, QUICK.inputs + 1, False), (7, QUICK.inputs + 1, True)],
+)
+def test_auto_leaves_wide_layers_with_many_levels(steps: int, inputs: int, changed: bool) -> None:
+    reference, graph, numbers = wide(steps, inputs)
+    mixing = normal((inputs, inputs), seed=2) * np.float32(inputs**-0.5)
+    batches = [{"x": normal((256, inputs), seed=i) @ mixing} for i in range(8)]
+    rounding = round_weights(reference, graph, batches, {"fc": numbers}, method="auto")
+    assert rounding.report.changed == changed
+    if not changed:
+        (refusal,) = rounding.report.refusals
+        assert f"{inputs} inputs" in refusal.reason
+
+
 def test_shared_integers_are_refused() -> None:
     body = "[fc] a = MatMul (x, w)\n[other] b = MatMul (x, w)\ny = Add (a, b)"
     reference, graph, numbers = linear(normal((6, 4), seed=1), body)
@@ -178,6 +207,12 @@ def test_digits_at_four_bits(tmp_path: Any) -> None:
     assert found["unit"] is not None
     assert found["rtn"] is not None
     assert found["unit"] > found["rtn"] + 6.0
+
+
+def test_auto_needs_no_samples_where_only_weights_change(tmp_path: Any) -> None:
+    report = qpass.optimize(CNN, precision="w8", engines=(), output=tmp_path / "m.onnx")
+    assert report.ok
+    assert all(p.name != "round_weights" for p in report.passes)
 
 
 def test_rounding_with_data_needs_data(tmp_path: Any) -> None:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qpass.passes.equalize.measure import (
-    SHARES,
-    TINY,
-    Measure,
-    Specs,
-    largest_weights,
-    weight_power,
-)
+from qpass.passes.equalize.linear_error import QUICK_ELEMENTS, TINY
+from qpass.passes.equalize.measure import SHARES, Measure, Specs, largest_weights, weight_power
 from qpass.passes.equalize.rows import SiteRows
 from qpass.passes.equalize.site import Product, Reader
 from qpass.passes.equalize.solve import Scales, solve_candidates, solve_shifts
@@ -25,7 +19,7 @@ from qpass.passes.model_gate import CONFIDENCE
 
 Array = NDArray[Any]
 
-FINALISTS: Final = 3  # candidates that are tried with clipped ranges as well
+FINALISTS: Final = 5  # candidates that are tried with clipped ranges as well
 # An error that falls by less is not worth an edit: two range methods differ by as much.
 MIN_GAIN_DB: Final = 0.2
 
@@ -78,14 +72,15 @@ def choose_scales(
         shift: offsets are possible.
     """
     measure = Measure(readers=readers, products=products, rows=rows, specs=specs)
+    quick = replace(measure, elements=QUICK_ELEMENTS, ops={})
     fit, held = range(0, rows.samples, 2), range(1, rows.samples, 2)
     plain = Scales.identity(rows.groups)
     low, high, mean, other = _sizes(measure, fit)
     candidates = list(solve_candidates(low, high, other, shift=shift))
-    finals = _best(measure, candidates, fit)
+    finals = _best(quick, candidates, fit)
     if shift:
         moved = solve_shifts([plain, *finals], low, high, mean)
-        finals = _best(measure, [*finals, *moved], fit)
+        finals = _best(quick, [*finals, *moved], fit)
     trials = [(c, share) for c in finals for share in SHARES]
     best, share = min(trials, key=lambda t: float(measure.errors(t[0], fit, t[1]).sum()))
     plain_share = min(SHARES, key=lambda s: float(measure.errors(plain, fit, s).sum()))
@@ -102,26 +97,27 @@ def choose_scales(
     )
 
 
-def ideal_gain_db(readers: tuple[Reader, ...], rows: SiteRows, specs: Specs) -> float:
+def ideal_gain_db(reader: Reader, low: Array, high: Array, specs: Specs) -> float:
     """Return the most that any scales could gain: each channel with a range of its own, in dB.
 
     Rounding noise of a channel is as its range squared, and shows in the outputs as the squares of
     its weights. What the weights lose is left out, so this is a bound.
+
+    Args:
+        reader: linear op whose input has one label for each channel, from 1.
+        low: smallest value of each channel, float64.
+        high: largest value.
+        specs: what the operands become.
     """
-    gains = []
-    for reader in readers:
-        node = reader.linear.node
-        low, high = rows.extremes[node.name, 0].over(range(rows.samples))
-        used = np.isfinite(low)
-        low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-        if specs.activations[node.name, 0].symmetric:
-            low, high = -np.maximum(-low, high), np.maximum(-low, high)
-        power = weight_power(reader, rows.groups)
-        span = np.where(used, high - low, 0.0)
-        own = float((span * span) @ power)
-        whole = float(high[used].max() - low[used].min()) ** 2 * float(power[used].sum())
-        gains.append(10 * math.log10(max(whole, TINY) / max(own, TINY)))
-    return max(gains)
+    used = np.isfinite(low)
+    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    if specs.activations[reader.linear.node.name, 0].symmetric:
+        low, high = -np.maximum(-low, high), np.maximum(-low, high)
+    power = weight_power(reader, low.size)[1:]
+    span = np.where(used, high - low, 0.0)
+    own = float((span * span) @ power)
+    whole = float(high[used].max() - low[used].min()) ** 2 * float(power[used].sum())
+    return 10 * math.log10(max(whole, TINY) / max(own, TINY))
 
 
 def _best(measure: Measure, candidates: Sequence[Scales], fit: range) -> list[Scales]:

@@ -14,13 +14,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qpass.choose import weight_range
 from qpass.graph import LINEAR_OPS, Node, array_of
-from qpass.passes.affine.absorb import absorbed
-from qpass.passes.equalize.rows import LinearRows, ProductRows, SiteRows
+from qpass.passes.equalize.linear_error import TINY, WEIGHT_ELEMENTS, LinearError
+from qpass.passes.equalize.rows import ProductRows, SiteRows
 from qpass.passes.equalize.site import Product, Reader, Slot
 from qpass.passes.equalize.solve import Scales
-from qpass.passes.normalize.linear_folding import Affine
 from qpass.plan import Plan
 from qpass.qparams import TensorSpec, choose_qparams, fake_quantize
 
@@ -28,7 +26,6 @@ Array = NDArray[Any]
 
 # Shares of the full range that are tried: the ranges that are chosen later may clip as well.
 SHARES: Final = (1.0, 0.85, 0.7, 0.5)
-TINY: Final = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +75,39 @@ class Specs:
 
 @dataclass(slots=True, kw_only=True)
 class Measure:
-    """Errors of one site; `powers` and `weights` cache what does not depend on scales."""
+    """Errors of one site; what does not depend on scales is computed once and kept."""
 
     readers: Sequence[Reader]
     products: Sequence[Product]
     rows: SiteRows
     specs: Specs
+    elements: int = WEIGHT_ELEMENTS  # of each weight that are looked at
     powers: dict[str, float] = field(default_factory=dict)  # product -> power of its output
-    weights: dict[str, list[Array]] = field(default_factory=dict)  # linear op -> row weights
+    exact: dict[tuple[str, int], Array] = field(default_factory=dict)  # product, sample -> output
+    ops: dict[str, LinearError] = field(default_factory=dict)
 
     def errors(self, scales: Scales, samples: Sequence[int], share: float = 1.0) -> Array:
         """Return the error of each sample, float64: the sum over the ops of their shares."""
         total = np.zeros(len(samples))
         for reader in self.readers:
-            total += self._linear(reader, scales, samples, share)
+            key = (reader.linear.node.name, 0)
+            low, high = self._range(key, reader.power, scales, share)
+            total += self._op(reader).errors(scales, samples, low, high)
         for product in self.products:
             total += self._product(product, scales, samples, share)
         return total
+
+    def _op(self, reader: Reader) -> LinearError:
+        name = reader.linear.node.name
+        if name not in self.ops:
+            self.ops[name] = LinearError(
+                reader=reader,
+                rows=self.rows.linear[name],
+                activation=self.specs.activations[name, 0],
+                weight=self.specs.weights[name],
+                elements=self.elements,
+            )
+        return self.ops[name]
 
     def _range(
         self, key: tuple[str, int], power: int, scales: Scales, share: float
@@ -106,38 +119,6 @@ class Measure:
         shift = scales.shift[used]
         ends = (low[used] - shift) * gain, (high[used] - shift) * gain
         return share * float(ends[0].min()), share * float(ends[1].max())
-
-    def _linear(
-        self, reader: Reader, scales: Scales, samples: Sequence[int], share: float
-    ) -> Array:
-        node = reader.linear.node
-        gain = scales.scale[reader.labels] ** reader.power
-        shift = scales.shift[reader.labels]
-        weight, _ = absorbed(reader.linear, Affine(gain=1.0 / gain, offset=np.zeros_like(gain)))
-        rounded = fake_weight(weight.astype(np.float32), self.specs.weights[node.name])
-        inputs, counts, owner = _stack(self.rows.linear[node.name], samples)
-        moved = ((inputs - shift[:, None]) * gain[:, None]).astype(np.float32)
-        spec = self.specs.activations[node.name, 0]
-        low, high = self._range((node.name, 0), reader.power, scales, share)
-        quantized = fake_quantize(moved, choose_qparams(spec, low, high))
-        groups = int(node.attrs.get("group", 1))
-        exact = _apply(node, moved, weight.astype(np.float32), groups)
-        error = np.square(_apply(node, quantized, rounded, groups) - exact, dtype=np.float64)
-        weights = self._row_weights(node, groups)
-        counts = counts * np.concatenate([weights[i] for i in samples])
-        return _by_sample(error.sum(axis=1) * counts, owner, len(samples))
-
-    def _row_weights(self, node: Node, groups: int) -> list[Array]:
-        """Return by sample what an error in each row counts: the weights of `row_weights`."""
-        if node.name not in self.weights:
-            rows = self.rows.linear[node.name]
-            inputs, counts, owner = _stack(rows, range(self.rows.samples))
-            out = _apply(node, inputs, array_of(node.inputs[1]).astype(np.float32), groups)
-            found = row_weights(np.square(out, dtype=np.float64).sum(axis=1), counts)
-            self.weights[node.name] = [
-                found[owner == i] * self.rows.samples for i in range(self.rows.samples)
-            ]
-        return self.weights[node.name]
 
     def _product(
         self, product: Product, scales: Scales, samples: Sequence[int], share: float
@@ -160,7 +141,8 @@ class Measure:
             moved = right - shift
             noisy_right = fake_quantize(moved * right_gain, right_q) / right_gain
             noisy_left = fake_quantize(left * left_gain, left_q) / left_gain
-            error = noisy_left @ noisy_right - left @ moved
+            error = noisy_left @ noisy_right
+            error -= left @ moved if shift.any() else self._exact(node.name, number, left, right)
             errors[place[number]] = float(np.square(error, dtype=np.float64).sum())
         held = sum(number in place for number in rows.samples)
         scale = len(samples) / max(held, 1)  # a sample that was not kept counts as the mean
@@ -172,31 +154,15 @@ class Measure:
             self.powers[node.name] = max(_product_power(rows), TINY)
         return scale * errors / self.powers[node.name]
 
-
-def row_weights(power: Array, counts: Array) -> Array:
-    """Return what a squared error in each row counts, float64 [rows].
-
-    ``1 / (power + usual)``, with the median of the power for the usual row, scaled so that errors
-    as large as the outputs add up to 1. Ordinary rows count alike. A row whose output is many times
-    the usual one is judged by its relative error, as what reads it does that normalizes or
-    saturates: a few huge tokens would drown all others otherwise (on vit_tiny four of 197 do).
-    """
-    order = np.argsort(power, kind="stable")
-    middle = np.searchsorted(np.cumsum(counts[order]), counts.sum() / 2)
-    usual = float(power[order[min(int(middle), power.size - 1)]])
-    weights = 1.0 / np.maximum(power + usual, TINY)
-    result: Array = weights / max(float((weights * power) @ counts), TINY)
-    return result
+    def _exact(self, name: str, number: int, left: Array, right: Array) -> Array:
+        if (name, number) not in self.exact:
+            self.exact[name, number] = left @ right
+        return self.exact[name, number]
 
 
 def _product_power(rows: ProductRows) -> float:
     outs = [left @ right for left, right in zip(rows.left, rows.right, strict=True)]
     return float(np.mean([np.square(out, dtype=np.float64).sum() for out in outs]))
-
-
-def fake_weight(weight: Array, spec: TensorSpec) -> Array:
-    """Return the float32 values that the integers of a weight stand for."""
-    return fake_quantize(weight, choose_qparams(spec, *weight_range(weight, spec)))
 
 
 def largest_weights(reader: Reader, groups: int) -> Array:
@@ -223,29 +189,3 @@ def _by_input(reader: Reader, of: np.ufunc) -> Array:
     parts = int(node.attrs.get("group", 1))
     by_part = weight.reshape(parts, weight.shape[0] // parts, weight.shape[1], -1)
     return by_part.transpose(0, 2, 1, 3).reshape(parts * weight.shape[1], -1)
-
-
-def _stack(rows: LinearRows, samples: Sequence[int]) -> tuple[Array, Array, Array]:
-    inputs = np.concatenate([rows.inputs[i] for i in samples])
-    counts = np.concatenate([rows.counts[i] for i in samples])
-    owner = np.repeat(np.arange(len(samples)), [len(rows.counts[i]) for i in samples])
-    return inputs, counts, owner
-
-
-def _by_sample(values: Array, owner: Array, samples: int) -> Array:
-    return np.bincount(owner, values, minlength=samples)
-
-
-def _apply(node: Node, inputs: Array, weight: Array, groups: int) -> Array:
-    """Return the products [rows, outputs] of rows [rows, channels, taps] with a weight."""
-    if node.op in ("MatMul", "Gemm"):
-        matrix = weight.T if node.op == "Gemm" and node.attrs.get("transB", 0) else weight
-        result: Array = inputs[:, :, 0] @ matrix
-        return result
-    count, channels, _ = inputs.shape
-    by_group = inputs.reshape(count, groups, -1).transpose(1, 0, 2)
-    if node.op == "Conv":
-        matrices = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(0, 2, 1)
-    else:
-        matrices = weight.reshape(groups, channels // groups, -1)
-    return (by_group @ matrices).transpose(1, 0, 2).reshape(count, -1)

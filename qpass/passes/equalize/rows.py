@@ -123,7 +123,9 @@ def collect_rows(
     session = open_session(model.SerializeToString(), threads)
     fetched = [name for name in names if name not in inputs]
     for number, feeds in enumerate(samples):
-        values = dict(zip(fetched, session.run(fetched, dict(feeds)), strict=True))
+        # An empty list would mean all outputs of the model.
+        results = session.run(fetched, dict(feeds)) if fetched else []
+        values = dict(zip(fetched, results, strict=True))
         arrays = {**{n: np.asarray(feeds[n]) for n in names if n in inputs}, **values}
         for name, array in arrays.items():
             if not np.isfinite(array).all():

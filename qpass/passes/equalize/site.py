@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qpass.graph import Node
@@ -34,6 +35,11 @@ class Reader:
     linear: LinearReader
     labels: Labels  # one for each input channel
     power: int
+
+    def of(self, nodes: Mapping[str, Node]) -> Reader:
+        """Return the same op of a copy of the graph, whose nodes are given by name."""
+        node = nodes[self.linear.node.name]
+        return replace(self, linear=replace(self.linear, node=node))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,17 @@ class Site:
         nodes = [r.linear.node for r in self.readers] + [p.node for p in self.products]
         return str(nodes[0].name)
 
+    def of(self, nodes: Mapping[str, Node]) -> Site:
+        """Return the same site of a copy of the graph, whose nodes are given by name."""
+        slots = {id(s): replace(s, node=nodes[s.node.name]) for s in self.slots}
+        return replace(
+            self,
+            readers=tuple(reader.of(nodes) for reader in self.readers),
+            products=tuple(replace(p, node=nodes[p.node.name]) for p in self.products),
+            slots=tuple(slots.values()),
+            shift=None if self.shift is None else slots[id(self.shift)],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
@@ -81,3 +98,7 @@ class Refused:
     tensor: str
     reason: str
     readers: tuple[Reader, ...]
+
+    def of(self, nodes: Mapping[str, Node]) -> Refused:
+        """Return the same of a copy of the graph, whose nodes are given by name."""
+        return replace(self, readers=tuple(reader.of(nodes) for reader in self.readers))

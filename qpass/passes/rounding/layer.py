@@ -31,6 +31,8 @@ class Layer:
         The other operand of the residual sum behind it, if it is known by then.
     offsets
         What `write_offset` has added to the bias so far, float64.
+    wanted
+        The float weight that was rounded, refitted or not, float64 [groups, inputs, outputs].
     """
 
     original: Node
@@ -41,6 +43,7 @@ class Layer:
     stored: Slot
     skip: Pair | None = None
     offsets: list[Array] = field(default_factory=list)
+    wanted: Array | None = None
 
     @property
     def name(self) -> str:

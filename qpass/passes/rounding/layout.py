@@ -63,6 +63,13 @@ class Layout:
         """Return how many rows one output array has."""
         return outputs.size // (self.groups * self.outputs)
 
+    def input_positions(self, inputs: Array) -> int:
+        """Return how many rows the output of one input array has."""
+        if self.op != "Conv":
+            return int(inputs.size // inputs.shape[-1])
+        windows = self.windows(inputs)
+        return int(windows.shape[0] * np.prod(windows.shape[2 : 2 + len(self.strides)]))
+
     def output_rows(self, outputs: Array, picked: Array) -> Array:
         """Return the `picked` rows of an output array, float64 [groups, rows, outputs]."""
         if self.op == "Conv":

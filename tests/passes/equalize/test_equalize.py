@@ -110,6 +110,36 @@ def test_a_graph_that_would_not_be_exact_is_not_taken(monkeypatch):
     assert "float outputs would change" in result.notes[0]
 
 
+def test_known_ranges_tell_where_no_mul_is_worth_its_rows():
+    graph = network(outlier=1.0)
+    job = job_of(graph)
+    stats = job.calibrate(graph, taps_of(graph, job.plan(graph)))
+    result = equalize(graph, Job(**{**_fields(job), "stats": stats}))
+    reasons = [refusal.reason for refusal in result.report.refusals]
+    assert any("channels are alike, so no Mul is worth it" in reason for reason in reasons)
+    assert "down" not in "".join(result.notes)
+
+
+def test_the_statistics_are_those_of_the_migrated_graph():
+    graph = network()
+    job = job_of(graph)
+    plain = job.calibrate(graph, taps_of(graph, job.plan(graph)))
+    result = equalize(graph, Job(**{**_fields(job), "stats": plain}))
+    assert result.report.changed
+    fresh = job.calibrate(result.graph, taps_of(result.graph, job.plan(result.graph)))
+    assert set(result.stats) == set(fresh)
+    for name, stats in fresh.items():
+        got = result.stats[name]
+        assert (got.count, got.sampled) == (stats.count, stats.sampled)
+        # Float32 sums of sixteen products: what is not calibrated again differs by rounding only.
+        np.testing.assert_allclose(got.channel_low, stats.channel_low, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.channel_high, stats.channel_high, rtol=1e-4, atol=1e-5)
+        weights, wanted = got.histogram.weights, stats.histogram.weights
+        assert (weights is None) == (wanted is None)
+        if weights is not None:
+            assert weights.sum() == pytest.approx(wanted.sum(), rel=1e-4)
+
+
 def test_it_is_deterministic():
     first, second = (equalize(network(), job_of(network())) for _ in range(2))
     assert first.graph.fingerprint() == second.graph.fingerprint()

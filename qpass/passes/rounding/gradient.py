@@ -1,0 +1,210 @@
+"""Reconstruct a basic unit by gradients, in torch: what it is given and what becomes of the result.
+
+The unit is what the quantized graph computes from the live tensors up to the outputs of the unit's
+last layers; with the quantized skip where a residual sum follows, so that the float sum is the aim.
+The layers have been rounded in closed form before. The new integers are written only when they give
+a smaller error at the unit's outputs on batches that are held out.
+
+torch is imported when the first unit is reconstructed: everything else here is numpy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.errors import RecipeError
+from qpass.graph import Graph
+from qpass.passes.rounding.layer import Layer
+from qpass.qparams import expand
+from qpass.stream import Pair, Step, Stream
+from qpass.submodel import slice_nodes
+
+if TYPE_CHECKING:
+    from qpass.torch.reconstruct import Batch, SoftLayer
+
+Array = NDArray[Any]
+# With more levels than these the error of rounding is below that of the activations.
+LEVELS: Final = 64
+
+
+def check_torch(option: str) -> None:
+    """Raise a RecipeError when torch, which `option` needs, is not there."""
+    if importlib.util.find_spec("torch") is None:
+        raise RecipeError(f"{option} needs torch", fix="pip install 'qpass[torch]'")
+
+
+def reconstruct_unit(
+    stream: Stream,
+    step: Step,
+    layers: Sequence[Layer],
+    *,
+    first_held: int,
+    settings: Mapping[str, Any],
+) -> tuple[tuple[Layer, ...], tuple[tuple[str, str], ...]]:
+    """Learn the roundings of a unit that has been rounded in closed form.
+
+    Args:
+        stream: stands in the unit.
+        step: the unit.
+        layers: its linear ops in execution order.
+        first_held: number of the first batch that is held out.
+        settings: of `qpass.torch.reconstruct.Settings`.
+
+    Returns:
+        Layers that have new integers, and (name, reason) of those that keep the old ones.
+    """
+    from qpass.torch import reconstruct as gradient
+
+    soft = [layer for layer in layers if layer.numbers.qmax - layer.numbers.qmin < LEVELS]
+    refused = [
+        (layer.name, f"more than {LEVELS} levels: the integers of unit stay")
+        for layer in layers
+        if layer not in soft
+    ]
+    if not soft:
+        return (), tuple(refused)
+    ends = _ends(stream, layers)
+    weights = {layer.node.inputs[1].name for layer in soft}
+    nodes, inputs = slice_nodes(
+        stream.quantized,
+        dict.fromkeys([*stream.feeds("quantized", 0), *weights]),
+        [name for end in ends for name in end.quantized],
+    )
+    inputs = [name for name in inputs if name not in weights]
+    wanted, seen = _look(step, ends)
+    batches = [
+        gradient.Batch(
+            quantized={name: stream.feeds("quantized", number)[name] for name in inputs},
+            floating={name: stream.feeds("float", number)[name] for name in inputs},
+            wanted=aims,
+        )
+        for number, aims in enumerate(wanted)
+    ]
+    problem = gradient.UnitProblem(
+        nodes=nodes,
+        layers=[_soft_layer(layer, gradient) for layer in soft],
+        targets=[end.quantized for end in ends],
+        seen=seen,
+        stackable=_stackable(stream.reference, batches),
+    )
+    try:
+        found = gradient.reconstruct(
+            problem, batches[:first_held], batches[first_held:], gradient.Settings(**settings)
+        )
+    except gradient.UnsupportedOpError as error:
+        reason = f"{error.what} ({error.where}): the integers of unit stay"
+        return (), (*refused, *((layer.name, reason) for layer in soft))
+    if not found.after < found.before:
+        reason = (
+            f"error {found.after:.3g} at the end of the unit on held-out batches, "
+            f"{found.before:.3g} with the integers of unit: those stay"
+        )
+        return (), (*refused, *((layer.name, reason) for layer in soft))
+    for layer in soft:
+        layer.write(stream.quantized, layer.layout.matrix(found.integers[layer.name]))
+        if layer.site.offset:
+            layer.write_offset(stream.quantized, found.offsets[layer.name])
+    return tuple(soft), tuple(refused)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _End:
+    """A sum of tensors at the end of a unit, under the names of both graphs."""
+
+    quantized: tuple[str, ...]
+    floating: tuple[str, ...]
+
+
+def _ends(stream: Stream, layers: Sequence[Layer]) -> list[_End]:
+    """Return the outputs of the layers that feed no other end."""
+    alive = dict.fromkeys(stream.feeds("quantized", 0))
+    covered: set[int] = set()
+    ends = []
+    for layer in reversed(layers):
+        if id(layer.node) in covered:
+            continue
+        pairs = [_output(stream, layer), *([layer.skip] if layer.skip else [])]
+        end = _End(
+            quantized=tuple(pair.quantized_name for pair in pairs),
+            floating=tuple(pair.float_name for pair in pairs),
+        )
+        nodes, _ = slice_nodes(stream.quantized, alive, end.quantized)
+        covered |= {id(node) for node in nodes}
+        ends.append(end)
+    return ends
+
+
+def _output(stream: Stream, layer: Layer) -> Pair:
+    """Return the output of a layer, its bias included."""
+    slot = layer.site.bias_slot
+    if slot is None or layer.site.bias_inside:
+        return Pair(float_name=layer.original.outputs[0].name, quantized_name=layer.site.tap)
+    add = stream.reference.node(slot.node.name)
+    return Pair(float_name=add.outputs[0].name, quantized_name=slot.node.outputs[0].name)
+
+
+def _look(step: Step, ends: Sequence[_End]) -> tuple[list[tuple[Array, ...]], tuple[Array, ...]]:
+    """Return for each batch what the ends should be, and what they are in the first one."""
+    pairs = [
+        Pair(float_name=left, quantized_name=right)
+        for end in ends
+        for left, right in zip(end.floating, end.quantized, strict=True)
+    ]
+    wanted: list[tuple[Array, ...]] = []
+    seen: tuple[Array, ...] = ()
+    for found in step.look(pairs):
+        wanted.append(_sums(ends, [floating for floating, _ in found]))
+        if not seen:
+            seen = _sums(ends, [quantized for _, quantized in found])
+    return wanted, seen
+
+
+def _sums(ends: Sequence[_End], tensors: Sequence[Array]) -> tuple[Array, ...]:
+    """Add up the tensors of each end."""
+    rest = iter(tensors)
+    parts = [[next(rest) for _ in end.quantized] for end in ends]
+    return tuple(reduce(np.add, part) for part in parts)
+
+
+def _soft_layer(layer: Layer, gradient: ModuleType) -> SoftLayer:
+    shape = layer.layout.shape
+    scale, zero_point = (
+        expand(values.astype(np.float64), layer.numbers, shape)
+        for values in (layer.numbers.scale, layer.numbers.zero_point)
+    )
+    site = layer.site
+    start = layer.wanted if layer.wanted is not None else layer.weight()
+    soft: SoftLayer = gradient.SoftLayer(
+        name=layer.name,
+        weight=layer.node.inputs[1].name,
+        start=layer.layout.restore(start),
+        integers=layer.layout.restore(layer.integers()),
+        scale=scale,
+        zero_point=zero_point,
+        bounds=(layer.numbers.qmin, layer.numbers.qmax),
+        output=site.tap,
+        axis=site.axis,
+        channels=site.channels,
+        offset=site.offset,
+        bias=None if site.bias_slot is None else site.bias_slot.constant.name,
+    )
+    return soft
+
+
+def _stackable(graph: Graph, batches: Sequence[Batch]) -> bool:
+    """True when the first axis of everything is that of the samples."""
+    if any(not tensor.shape or isinstance(tensor.shape[0], int) for tensor in graph.inputs):
+        return False
+    return all(
+        array.ndim and len(array) == len(batch.wanted[0])
+        for batch in batches
+        for array in (*batch.quantized.values(), *batch.floating.values(), *batch.wanted)
+    )

@@ -1,0 +1,66 @@
+"""QuantizeLinear and DequantizeLinear with gradients.
+
+Integers that a gradient has to pass are floats here. Rounding passes it straight through; where the
+integer saturates it is zero. So a scale that wants a gradient gets that of LSQ (Esser et al.,
+"Learned step size quantization", ICLR 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+Attrs = Mapping[str, Any]
+
+
+def quantize(
+    attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    """Return the integers as floats; `attrs` holds their bounds as ``qmin`` and ``qmax``."""
+    scaled = x / along(scale, attrs, x)
+    rounded = scaled + (scaled.round() - scaled).detach()
+    shifted = rounded + along(zero_point.to(x.device, x.dtype), attrs, x)
+    return shifted.clamp(attrs["qmin"], attrs["qmax"])
+
+
+def dequantize(
+    attrs: Attrs, q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what integers stand for."""
+    values = q.to(scale.device, scale.dtype)
+    if zero_point is not None:
+        values = values - along(zero_point.to(scale.device, scale.dtype), attrs, q)
+    return values * along(scale, attrs, q)
+
+
+def fake_quantize(
+    attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    """Return `dequantize` of `quantize`.
+
+    torch's own kernel, where it applies, multiplies by 1 / scale: another integer than `quantize`
+    gives only where ``x / scale`` is within rounding of a tie.
+    """
+    if scale.numel() == 1 and x.dtype == torch.float32 and not scale.requires_grad:
+        result: torch.Tensor = torch.fake_quantize_per_tensor_affine(
+            x,
+            scale.reshape(()),
+            zero_point.to(x.device, torch.int32).reshape(()),
+            attrs["qmin"],
+            attrs["qmax"],
+        )
+        return result
+    return dequantize(attrs, quantize(attrs, x, scale, zero_point), scale, zero_point)
+
+
+def along(values: torch.Tensor, attrs: Attrs, x: torch.Tensor) -> torch.Tensor:
+    """Give scales, or zero points, of an axis or of blocks the shape that broadcasts over `x`."""
+    if values.numel() == 1:
+        return values.reshape(())
+    axis = int(attrs.get("axis", 1)) % x.ndim
+    block = int(attrs.get("block_size", 0))
+    if block:
+        return values.repeat_interleave(block, dim=axis).narrow(axis, 0, x.shape[axis])
+    return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])

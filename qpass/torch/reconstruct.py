@@ -1,0 +1,399 @@
+"""Choose the roundings of all layers of a unit together, by gradients of the unit's output error.
+
+What it does
+    The unit runs in torch as the quantized graph has it, with soft weights (`SoftRounding`) and an
+    offset for each output channel that can take one. Adam lowers the squared error at the unit's
+    output on the calibration batches; a penalty then draws the weights to integers. Inputs are
+    those of the quantized graph, mixed element by element with those of the float graph, and so
+    are activations behind their quantizers inside of the unit (QDrop): the roundings get used to
+    noise instead of learning the noise of a few samples by heart.
+What is promised
+    The rounded result is compared with the integers that were there, on batches that nothing was
+    fitted to; the caller gets both errors. The same seed gives the same integers on a CPU.
+
+Sources: Nagel et al., AdaRound (ICML 2020); Li et al., BRECQ (ICLR 2021); Wei et al., QDrop (ICLR
+2022). Theirs are 20,000 iterations with a learning rate of 1e-3; here the rate grows as the number
+shrinks, so that a rounding can still travel from one end to the other a few times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qpass.graph import Node
+from qpass.torch.executor import Executor, UnsupportedOpError
+from qpass.torch.soft_rounding import SoftRounding, beta_at, penalty
+from qpass.torch.threads import limited_threads
+
+__all__ = [
+    "Batch",
+    "Reconstruction",
+    "Settings",
+    "SoftLayer",
+    "UnitProblem",
+    "UnsupportedOpError",
+    "reconstruct",
+]
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+TRAVEL: Final = 10.0  # what the rate of the logits and the number of iterations multiply to
+RATES: Final = (1e-3, 3e-2)
+DISAGREEMENT: Final = 0.01  # between torch and the engine, as a share of the error of rounding
+OFFSET_RATE: Final = 1e-3  # in units of an output channel's root mean square
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftLayer:
+    """A linear op whose rounding is learned.
+
+    weight
+        Name of the tensor that it reads as its weight.
+    start
+        Float weight to start from, float64, of the shape that the op reads.
+    integers
+        Those that are there, float64, same shape.
+    scale, zero_point
+        float64, broadcast over the weight.
+    bounds
+        Smallest and largest integer.
+    output, axis, channels
+        Of its output, and how an offset lies along it.
+    offset
+        Whether it can take an offset.
+    bias
+        The constant that an offset can be added to, if there is one.
+    """
+
+    name: str
+    weight: str
+    start: Array
+    integers: Array
+    scale: Array
+    zero_point: Array
+    bounds: tuple[int, int]
+    output: str
+    axis: int
+    channels: int
+    offset: bool
+    bias: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitProblem:
+    """A unit of the quantized graph.
+
+    nodes
+        What makes the targets, in order; what makes the layers' weights may be left out.
+    layers
+        Those to be rounded.
+    targets
+        Each is a sum of tensors that should be what a `Batch` wants.
+    seen
+        What the engine gives for each target and the first batch: torch has to give the same.
+    stackable
+        The first axis of all that a batch holds counts samples, so that batches can be joined.
+    """
+
+    nodes: Sequence[Node]
+    layers: Sequence[SoftLayer]
+    targets: Sequence[tuple[str, ...]]
+    seen: tuple[Array, ...]
+    stackable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One batch: what the unit reads, in both graphs, and what each target should be."""
+
+    quantized: Feeds
+    floating: Feeds
+    wanted: tuple[Array, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to search.
+
+    iterations
+        Steps of Adam.
+    rows
+        Positions (pixels, tokens) that a step should see of the last layer's output, about.
+    drop
+        Chance of an element to be the float graph's.
+    pressure
+        Weight of the penalty when all roundings are undecided; 1 is the error that was there.
+    seed, device, threads
+        `device` None: CUDA where there is one. `threads` None: as many as torch takes.
+    """
+
+    iterations: int
+    rows: int = 1536
+    drop: float = 0.5
+    pressure: float = 100.0
+    seed: int = 0
+    device: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconstruction:
+    """The outcome: integers and offsets by layer, and errors on held-out batches.
+
+    `before` and `after` are mean squared errors of the targets with the old and the new integers,
+    each in units of what the old ones gave on the batches to fit.
+    """
+
+    integers: Mapping[str, Array]
+    offsets: Mapping[str, Array]
+    before: float
+    after: float
+
+
+def reconstruct(
+    problem: UnitProblem, fit: Sequence[Batch], held: Sequence[Batch], settings: Settings
+) -> Reconstruction:
+    """Learn the roundings of a unit.
+
+    Args:
+        problem: the unit.
+        fit: batches to learn from.
+        held: batches to judge by.
+        settings: how long and how.
+
+    Raises:
+        UnsupportedOpError: an op of the unit has no function in torch here; it is named.
+    """
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with limited_threads(settings.threads), torch.backends.cudnn.flags(deterministic=True):
+        unit = _SoftUnit(problem, settings, device)
+        unit.measure(fit)
+        before = unit.error(held, unit.old_weights)
+        unit.learn(fit)
+        return Reconstruction(
+            integers={soft.layer.name: soft.rounding.integers() for soft in unit.layers},
+            offsets={soft.layer.name: soft.offset() for soft in unit.layers},
+            before=before,
+            after=unit.error(held, unit.rounded_weights),
+        )
+
+
+class _SoftLayer:
+    """What is learned of one layer."""
+
+    def __init__(self, layer: SoftLayer, executor: Executor) -> None:
+        self.layer = layer
+        self.rounding = SoftRounding(
+            layer.start,
+            layer.integers,
+            layer.scale,
+            layer.zero_point,
+            layer.bounds,
+            device=executor.device,
+        )
+        self.old = executor.tensor((layer.integers - layer.zero_point) * layer.scale)
+        self.shift = torch.zeros(layer.channels, device=executor.device)
+        self.unit = torch.ones_like(self.shift)  # what a shift of 1 adds
+        if layer.offset:
+            self.shift.requires_grad_()
+
+    def offset(self) -> Array:
+        """Return what the bias gets, float64 [channels]."""
+        learned: Array = (self.shift * self.unit).detach().cpu().numpy().astype(np.float64)
+        return learned
+
+
+class _SoftUnit:
+    """A unit while its roundings are learned."""
+
+    def __init__(self, problem: UnitProblem, settings: Settings, device: str) -> None:
+        self._problem, self._settings = problem, settings
+        self._executor = Executor(problem.nodes, device=device)
+        self._random = torch.Generator().manual_seed(settings.seed)
+        self._outputs = [name for target in problem.targets for name in target]
+        self._norms = [1.0] * len(problem.targets)
+        self._rows = 1  # of one batch
+        self.layers = [_SoftLayer(layer, self._executor) for layer in problem.layers]
+
+    @property
+    def old_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that the integers from before stand for."""
+        return {soft.layer.weight: soft.old for soft in self.layers}
+
+    @property
+    def rounded_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that the learned integers stand for, and the learned offsets."""
+        return {soft.layer.weight: soft.rounding.rounded() for soft in self.layers}
+
+    # ------------------------------------------------------------------ measuring
+
+    def measure(self, fit: Sequence[Batch]) -> None:
+        """Take the error with the old integers as the unit of the loss, and sizes of outputs.
+
+        Raises:
+            UnsupportedOpError: torch computes something else than the engine does.
+        """
+        with torch.no_grad():
+            self._measure(fit)
+
+    def _measure(self, fit: Sequence[Batch]) -> None:
+        norms = np.zeros(len(self._norms))
+        for batch in fit:
+            errors = self._errors(batch, self.old_weights, drop=0.0)
+            norms += np.array([float(error) / len(fit) for error in errors])
+        self._norms = [max(float(norm), float(np.finfo(np.float32).tiny)) for norm in norms]
+        taps = [soft.layer.output for soft in self.layers]
+        feeds = {name: self._executor.tensor(array) for name, array in fit[0].quantized.items()}
+        outputs = self._executor.run({**feeds, **self.old_weights}, taps)
+        seen = replace(fit[0], wanted=self._problem.seen)
+        apart = self._errors(seen, self.old_weights, drop=0.0)
+        for target, error, norm in zip(self._problem.targets, apart, norms, strict=True):
+            if not float(error) <= DISAGREEMENT * norm:
+                share = float(error) / max(norm, np.finfo(np.float64).tiny)
+                raise UnsupportedOpError(
+                    f"torch and the engine differ by {share:.1%} of the error", where=target[0]
+                )
+        for soft, output in zip(self.layers, outputs, strict=True):
+            by_channel = output.movedim(soft.layer.axis, 0).reshape(soft.layer.channels, -1)
+            soft.unit = (
+                by_channel.square().mean(dim=1).sqrt().clamp_min(torch.finfo(output.dtype).tiny)
+            )
+            self._rows = by_channel.shape[1]  # of the last one in the end
+
+    def error(self, batches: Sequence[Batch], weights: Mapping[str, torch.Tensor]) -> float:
+        """Return the mean of the loss over batches."""
+        with torch.no_grad():
+            losses = [float(self._loss(batch, weights, drop=0.0)) for batch in batches]
+        return float(np.mean(losses))
+
+    def _loss(
+        self, batch: Batch, weights: Mapping[str, torch.Tensor], *, drop: float
+    ) -> torch.Tensor:
+        errors = self._errors(batch, weights, drop=drop)
+        parts = [error / norm for error, norm in zip(errors, self._norms, strict=True)]
+        return torch.stack(parts).sum()
+
+    def _errors(
+        self, batch: Batch, weights: Mapping[str, torch.Tensor], *, drop: float
+    ) -> list[torch.Tensor]:
+        """Return the mean squared error of each target."""
+
+        def mix(floating: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+            return torch.where(self._mask(quantized.shape, drop), floating, quantized)
+
+        given = dict(weights)
+        for name, array in batch.quantized.items():
+            value = self._executor.tensor(array)
+            floating = batch.floating[name]
+            if drop and value.is_floating_point() and floating is not array:
+                value = mix(self._executor.tensor(floating), value)
+            given[name] = value
+        added = {}
+        for soft in self.layers:
+            layer = soft.layer
+            if not layer.offset or weights[layer.weight] is soft.old:
+                continue
+            offset = soft.shift * soft.unit
+            if layer.bias is not None:
+                given[layer.bias] = self._executor.constant(layer.bias) + offset
+            else:
+                behind = layer.start.ndim - 2 if layer.axis == 1 else 0
+                added[layer.output] = offset.reshape(-1, *[1] * behind)
+        results = iter(
+            self._executor.run(given, self._outputs, added=added, mix=mix if drop else None)
+        )
+        errors = []
+        for target, wanted in zip(self._problem.targets, batch.wanted, strict=True):
+            got = sum(next(results) for _ in target)
+            errors.append((got - self._executor.tensor(wanted)).square().mean())
+        return errors
+
+    def _mask(self, shape: torch.Size, drop: float) -> torch.Tensor:
+        """Return truth values that hold with the chance `drop`, to 1 / 256."""
+        count = shape.numel()
+        words = torch.empty(-(-count // 8), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=self._random)  # eight random bytes at once
+        random = words.view(torch.uint8)[:count].reshape(shape)
+        return (random < round(256 * drop)).to(self._executor.device)
+
+    # ------------------------------------------------------------------ learning
+
+    def learn(self, fit: Sequence[Batch]) -> None:
+        """Lower the loss on some batches."""
+        settings = self._settings
+        rate = min(max(TRAVEL / settings.iterations, RATES[0]), RATES[1])
+        weights = sum(soft.rounding.logits.numel() for soft in self.layers)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [soft.rounding.logits for soft in self.layers], "lr": rate},
+                {
+                    "params": [s.shift for s in self.layers if s.layer.offset],
+                    "lr": OFFSET_RATE,
+                },
+            ],
+            fused=True,
+        )
+        for step in range(settings.iterations):
+            optimizer.zero_grad()
+            beta = beta_at(step / settings.iterations)
+            picked = self._pick(fit)
+            for batch in picked:
+                ups = [soft.rounding.up() for soft in self.layers]
+                given = {
+                    soft.layer.weight: soft.rounding.weight(up)
+                    for soft, up in zip(self.layers, ups, strict=True)
+                }
+                loss = self._loss(batch, given, drop=settings.drop)
+                if beta is not None:
+                    total = torch.stack([penalty(up, beta) for up in ups]).sum()
+                    loss = loss + settings.pressure / weights * total
+                (loss / len(picked)).backward()
+            optimizer.step()
+
+    def _pick(self, fit: Sequence[Batch]) -> list[Batch]:
+        """Return random batches for one step; joined, or a part of one, where that can be."""
+        count = min(len(fit), max(1, round(self._settings.rows / self._rows)))
+        numbers = torch.randperm(len(fit), generator=self._random)[:count].tolist()
+        picked = [fit[number] for number in numbers]
+        if not self._problem.stackable:
+            return picked
+        if count > 1:
+            return [_joined(picked)]
+        samples = len(picked[0].wanted[0])
+        share = max(1, round(samples * self._settings.rows / self._rows))
+        if share >= samples:
+            return picked
+        some = torch.randperm(samples, generator=self._random)[:share].numpy()
+        return [_part(picked[0], some)]
+
+
+def _part(batch: Batch, samples: Array) -> Batch:
+    """Return some samples of a batch."""
+    quantized = {name: array[samples] for name, array in batch.quantized.items()}
+    return Batch(
+        quantized=quantized,
+        floating={
+            name: quantized[name] if array is batch.quantized[name] else array[samples]
+            for name, array in batch.floating.items()
+        },
+        wanted=tuple(array[samples] for array in batch.wanted),
+    )
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    def join(feeds: Sequence[Feeds]) -> Feeds:
+        return {name: np.concatenate([one[name] for one in feeds]) for name in feeds[0]}
+
+    quantized = join([batch.quantized for batch in batches])
+    floating = join([batch.floating for batch in batches])
+    for name in quantized:
+        if batches[0].floating[name] is batches[0].quantized[name]:
+            floating = {**floating, name: quantized[name]}
+    wanted = [np.concatenate(parts) for parts in zip(*(b.wanted for b in batches), strict=True)]
+    return Batch(quantized=quantized, floating=floating, wanted=tuple(wanted))

@@ -1,0 +1,207 @@
+"""Reconstruction of a unit of two layers: the loss, the gain, the grid, the seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from qpass.torch.reconstruct import (  # noqa: E402
+    Batch,
+    Reconstruction,
+    Settings,
+    SoftLayer,
+    UnitProblem,
+    UnsupportedOpError,
+    reconstruct,
+)
+from tests.folds import graph_of  # noqa: E402
+
+pytestmark = pytest.mark.torch
+Array = np.ndarray[Any, Any]
+BODY = """
+q = QuantizeLinear (x, step, middle)
+d = DequantizeLinear (q, step, middle)
+a = MatMul (d, w1)
+h = Relu (a)
+p = MatMul (h, w2)
+y = Add (p, b2)
+sum = Add (y, x)
+"""
+STEP, MIDDLE, BOUNDS = np.float32(2.0**-5), np.uint8(128), (-3, 3)
+SETTINGS = Settings(iterations=200, rows=32, threads=1)
+
+
+class Unit:
+    """Two layers and a skip, at 3 bits; inputs of few directions, so that errors can cancel."""
+
+    def __init__(self, body: str = BODY) -> None:
+        random = np.random.default_rng(2)
+        self.weights = [random.standard_normal(shape) / 3.0 for shape in ((8, 12), (12, 8))]
+        self.scales = [np.abs(w).max(axis=0) / 3.5 for w in self.weights]
+        self.bias = random.standard_normal(8).astype(np.float32)
+        self.integers = [
+            np.clip(np.rint(w / s), *BOUNDS) for w, s in zip(self.weights, self.scales, strict=True)
+        ]
+        self.graph = graph_of(
+            "float[N, 8] x",
+            "float[N, 8] sum",
+            body,
+            step=STEP,
+            middle=MIDDLE,
+            w1=self.weights[0].astype(np.float32),
+            w2=self.weights[1].astype(np.float32),
+            b2=self.bias,
+        )
+        self.problem = UnitProblem(
+            nodes=list(self.graph.nodes),
+            layers=[self.layer(0, "w1", "a", None), self.layer(1, "w2", "p", "b2")],
+            targets=[("y", "x")],
+            seen=(),
+            stackable=True,
+        )
+        mixing = random.standard_normal((4, 8))
+        sources = [
+            (random.standard_normal((16, 4)) @ mixing / 2.0).astype(np.float32) for _ in range(16)
+        ]
+        self.batches = [
+            Batch(
+                quantized={"x": source + np.float32(0.05)},
+                floating={"x": source},
+                wanted=(self.float_output(source).astype(np.float32),),
+            )
+            for source in sources
+        ]
+        seen = self.output(self.batches[0], self.integers, np.zeros(8))
+        self.problem = replace(self.problem, seen=(seen,))
+
+    def layer(self, number: int, weight: str, output: str, bias: str | None) -> SoftLayer:
+        return SoftLayer(
+            name=weight,
+            weight=weight,
+            start=self.weights[number],
+            integers=self.integers[number],
+            scale=self.scales[number],
+            zero_point=np.zeros(()),
+            bounds=BOUNDS,
+            output=output,
+            axis=-1,
+            channels=self.weights[number].shape[1],
+            offset=bias is not None,
+            bias=bias,
+        )
+
+    def float_output(self, x: Array) -> Array:
+        hidden = np.maximum(x.astype(np.float64) @ self.weights[0], 0.0)
+        return hidden @ self.weights[1] + self.bias + x
+
+    def error(self, batches: list[Batch], integers: list[Array], offset: Array) -> float:
+        """The mean squared error, in float64."""
+        rests = [self.output(batch, integers, offset) - batch.wanted[0] for batch in batches]
+        return float(np.mean(np.square(rests)))
+
+    def output(self, batch: Batch, integers: list[Array], offset: Array) -> Array:
+        x = batch.quantized["x"]
+        inner = (np.clip(np.rint(x / STEP) + 128.0, 0, 255) - 128.0) * float(STEP)
+        weights = [q * s for q, s in zip(integers, self.scales, strict=True)]
+        output: Array = np.maximum(inner @ weights[0], 0.0) @ weights[1] + self.bias + offset + x
+        return output
+
+    def learn(self, **settings: Any) -> Reconstruction:
+        return reconstruct(
+            self.problem, self.batches[:12], self.batches[12:], replace(SETTINGS, **settings)
+        )
+
+
+def test_errors_equal_a_reference_in_float64() -> None:
+    unit = Unit()
+    found = unit.learn(iterations=20)
+    fit, held = unit.batches[:12], unit.batches[12:]
+    norm = unit.error(fit, unit.integers, np.zeros(8))
+    before = unit.error(held, unit.integers, np.zeros(8)) / norm
+    learned = [found.integers[name] for name in ("w1", "w2")]
+    after = unit.error(held, learned, found.offsets["w2"]) / norm
+    # float32 products of 12 terms; their errors are small against those of 3 bits.
+    assert found.before == pytest.approx(before, rel=1e-5)
+    assert found.after == pytest.approx(after, rel=1e-5)
+
+
+def test_better_than_nearest_on_rows_that_were_not_seen() -> None:
+    unit = Unit()
+    found = unit.learn()
+    assert found.after < 0.8 * found.before
+    for name, nearest in zip(("w1", "w2"), unit.integers, strict=True):
+        integers = found.integers[name]
+        np.testing.assert_array_equal(integers, np.rint(integers))
+        assert integers.min() >= BOUNDS[0]
+        assert integers.max() <= BOUNDS[1]
+        assert np.abs(integers - nearest).max() <= 1.0
+        assert (integers != nearest).any()
+    assert not found.offsets["w1"].any()
+    assert found.offsets["w2"].any()
+
+
+def test_the_seed_decides() -> None:
+    first, second, other = (Unit().learn(seed=seed) for seed in (1, 1, 2))
+    for name in ("w1", "w2"):
+        np.testing.assert_array_equal(first.integers[name], second.integers[name])
+        np.testing.assert_array_equal(first.offsets[name], second.offsets[name])
+    assert first.after == second.after
+    assert any((first.integers[name] != other.integers[name]).any() for name in ("w1", "w2"))
+
+
+def test_batches_that_cannot_be_joined_run_one_by_one() -> None:
+    unit = Unit()
+    joined = unit.learn(drop=0.0)
+    unit.problem = replace(unit.problem, stackable=False)
+    apart = unit.learn(drop=0.0)
+    assert apart.after < 0.8 * apart.before
+    assert apart.before == pytest.approx(joined.before, rel=1e-6)
+
+
+def test_a_step_may_see_a_part_of_a_batch() -> None:
+    found = Unit().learn(rows=4)
+    assert found.after < 0.9 * found.before
+
+
+def test_a_unit_may_end_in_fewer_outputs_than_its_last_layer_has() -> None:
+    """As where a head that keeps its bits ends the unit."""
+    unit = Unit()
+    batches = [
+        Batch(
+            quantized={"x": batch.quantized["x"][:1]},
+            floating={"x": batch.floating["x"][:1]},
+            wanted=(batch.wanted[0][:1],),
+        )
+        for batch in unit.batches
+    ]
+    weights = [unit.integers[0], unit.weights[1] / unit.scales[1]]
+    seen = unit.output(batches[0], weights, np.zeros(8))
+    assert seen.size < unit.weights[0].shape[1]
+    problem = replace(unit.problem, layers=unit.problem.layers[:1], seen=(seen,))
+    found = reconstruct(problem, batches[:12], batches[12:], replace(SETTINGS, iterations=5))
+    assert found.integers.keys() == {"w1"}
+
+
+def test_an_op_that_is_missing_is_named() -> None:
+    unit = Unit(BODY.replace("h = Relu (a)", "[odd] h = ThresholdedRelu (a)"))
+    with pytest.raises(UnsupportedOpError, match="ThresholdedRelu") as error:
+        unit.learn()
+    assert error.value.where == "odd"
+
+
+def test_torch_has_to_agree_with_the_engine() -> None:
+    unit = Unit()
+    unit.problem = replace(unit.problem, seen=(unit.problem.seen[0] + 1.0,))
+    with pytest.raises(UnsupportedOpError, match="differ by"):
+        unit.learn()
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    Unit().learn(iterations=2, threads=before + 1)
+    assert torch.get_num_threads() == before

@@ -1,0 +1,120 @@
+"""Tuning of gains and offsets: better outputs, nothing added, and judged by samples not seen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from qpass.errors import RecipeError  # noqa: E402
+from qpass.graph import Graph, array_of  # noqa: E402
+from qpass.passes.tune import tune  # noqa: E402
+from qpass.torch.executor_ops import OPS  # noqa: E402
+from qpass.torch.tune import TunedLayer, tune_channels  # noqa: E402
+from qpass.verify.metrics import sqnr_db  # noqa: E402
+from tests.folds import graph_of, normal  # noqa: E402
+from tests.rounded import quantized_at  # noqa: E402
+from tests.small_models import feeds_of, residual_cnn, run, transformer  # noqa: E402
+
+pytestmark = pytest.mark.torch
+Array = np.ndarray[Any, Any]
+
+
+def fidelity(reference: Graph, graph: Graph) -> float:
+    """SQNR in dB on samples that nobody has seen."""
+    name = reference.outputs[0].name
+    wanted, got = (
+        np.concatenate([run(one.to_model(), f)[name] for f in feeds_of(reference, 24, seed=99)])
+        for one in (reference, graph)
+    )
+    return sqnr_db(wanted, got)
+
+
+@pytest.mark.parametrize("model", [residual_cnn, transformer])
+def test_closer_to_float_with_the_same_integers(model: Callable[[], Graph]) -> None:
+    reference = model()
+    graph, _, _ = quantized_at(reference, "w4a8")
+    before, structure = fidelity(reference, graph), graph.to_text()
+    integers = {
+        name: array_of(t) for name, t in graph.tensors().items() if name.endswith("_quantized")
+        and t.inputs == []
+    }  # fmt: skip
+    tuning = tune(reference, graph, feeds_of(reference, 24), steps=60, threads=1)
+    assert tuning.report.changed > 0
+    assert tuning.verdict is not None
+    assert tuning.verdict.helps
+    assert fidelity(reference, graph) > before + 0.5
+    assert graph.to_text() == structure
+    for name, values in integers.items():
+        np.testing.assert_array_equal(array_of(graph.tensors()[name]), values)
+
+
+def test_the_same_seed_gives_the_same_graph() -> None:
+    found = []
+    for seed in (1, 1, 2):
+        reference = residual_cnn()
+        graph, _, _ = quantized_at(reference, "w4a8")
+        tune(reference, graph, feeds_of(reference, 12), steps=20, seed=seed, threads=1)
+        found.append(graph.fingerprint())
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_gain_and_offset_that_are_known_come_back() -> None:
+    """A linear model whose outputs are wanted with other gains and offsets."""
+    weight, bias = normal((6, 4), seed=1), normal((4,), seed=2)
+    graph = graph_of(
+        "float[N, 6] x", "float[N, 4] y", "[fc] m = MatMul (x, w)\ny = Add (m, b)", w=weight, b=bias
+    )
+    gain, offset = np.array([0.95, 1.0, 1.02, 1.05]), np.array([0.1, 0.0, -0.1, 0.05])
+    batches = [{"x": normal((16, 6), seed=i)} for i in range(20, 28)]
+    wanted = [
+        {"y": ((one["x"] @ weight) * gain + bias + offset).astype(np.float32)} for one in batches
+    ]
+    layer = TunedLayer(
+        name="fc",
+        weight="w",
+        weight_axis=1,
+        output="m",
+        output_axis=-1,
+        channels=4,
+        gain=True,
+        offset=True,
+        bias="b",
+        bias_inside=False,
+        rank=2,
+    )
+    found = tune_channels(list(graph.nodes), [layer], batches, wanted, steps=400, threads=1)
+    np.testing.assert_allclose(found["fc"][0], gain, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(found["fc"][1], offset, rtol=0, atol=5e-3)
+
+
+def test_a_model_that_is_right_stays() -> None:
+    reference = residual_cnn()
+    graph = reference.copy()
+    before = graph.fingerprint()
+    report = tune(reference, graph, feeds_of(reference, 8), steps=5, threads=1).report
+    assert report.changed == 0
+    assert "no sure improvement" in report.refusals[0].reason
+    assert graph.fingerprint() == before
+
+
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = residual_cnn()
+    graph, _, _ = quantized_at(reference, "w4a8")
+    before = graph.fingerprint()
+    report = tune(reference, graph, feeds_of(reference, 1), steps=5).report
+    assert "held out" in report.refusals[0].reason
+    without = {op: function for op, function in OPS.items() if op != "MaxPool"}
+    monkeypatch.setattr("qpass.torch.executor.OPS", without)
+    report = tune(reference, graph, feeds_of(reference, 4), steps=5).report
+    assert "MaxPool has no gradient here (node_pooled)" in report.refusals[0].reason
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(RecipeError, match="--tune needs torch"):
+        tune(reference, graph, feeds_of(reference, 4), steps=5)
+    assert graph.fingerprint() == before
