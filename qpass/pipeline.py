@@ -24,7 +24,7 @@ from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.compensate import compensate
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
-from qpass.passes.round_weights import replay, round_weights
+from qpass.passes.round_weights import replay, round_weights, write_offsets
 from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
 from qpass.passes.tune import tune
@@ -32,6 +32,7 @@ from qpass.passes.weight_only import straighten_gemms
 from qpass.plan import read_plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
+from qpass.qparams import QParams
 from qpass.quantize import build_quantized, timed
 from qpass.report.model import PassReport
 from qpass.run import Run
@@ -167,7 +168,7 @@ def quantize(run: Run) -> None:
             run.qtable, run.quantized, reports = build_compensated(
                 run,
                 lambda fold, add: _build(run, ranges, fold, add),
-                lambda graph: _compensate(run, graph),
+                lambda graph: _compensate(run, graph, table),
             )
     else:
         run.qtable, run.quantized = table, run.plain
@@ -175,8 +176,17 @@ def quantize(run: Run) -> None:
     run.passes = [*(p for p in run.passes if p.name not in names), *reports]
 
 
-def _compensate(run: Run, graph: Graph) -> PassReport:
+def _leaves_offsets(run: Run) -> bool:
+    """True where compensation fits the offsets of rounded weights anew, in place of the rounding.
+
+    Its own are shrunk and gated by channel. `erq` and the units move weights with their offsets.
+    """
+    return run.rounding is not None and run.options.round in ("auto", "gptq")
+
+
+def _compensate(run: Run, graph: Graph, table: QTable) -> PassReport:
     assert run.graph is not None
+    left = _leaves_offsets(run)
     method = run.options.compensate
     result = compensate(
         run.graph,
@@ -185,11 +195,15 @@ def _compensate(run: Run, graph: Graph) -> PassReport:
         method="bias" if method == "bias" else "cwac",
         fit=run.options.fit,
         runtime_ops=run.options.allow_runtime_ops and run.target.scheme != "full",
+        baseline=run.plain if left else None,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         progress=run.progress,
     )
     run.compensation = result
+    if left and result.method == "none":
+        assert run.rounding is not None
+        write_offsets(run.rounding[1], run.graph, graph, _weight_numbers(run, table))
     return result.report
 
 
@@ -208,13 +222,18 @@ def _build(
     # The graph without compensation, which `verify` compares with, is not tuned either.
     compensated = compensation is not None or run.options.compensate == "none"
     tuned = run.options.tune and run.batches and compensated
+    fits_offsets = compensation is not None and _leaves_offsets(run)
     graph, reports = build_quantized(
         run.graph,
         run.plan,
         table,
         run.target,
         run.policy,
-        rounding=(lambda graph: _round_weights(run, graph, table)) if data else None,
+        rounding=(
+            (lambda graph: _round_weights(run, graph, table, offsets=not fits_offsets))
+            if data
+            else None
+        ),
         compensation=compensation,
         block_compensation=block_compensation,
         tuning=(lambda graph: _tune(run, graph)) if tuned else None,
@@ -238,19 +257,25 @@ def _tune(run: Run, graph: Graph) -> PassReport:
     return tuning.report
 
 
-def _round_weights(run: Run, graph: Graph, table: QTable) -> PassReport:
-    """Round the weights of `graph`; the other graphs of the same plan get the same integers."""
-    assert run.graph is not None
+def _weight_numbers(run: Run, table: QTable) -> dict[str, QParams]:
+    """Return scale and zero point of each weight, by name of the linear op."""
     assert run.plan is not None
-    numbers = {
+    return {
         edge.node: table.qparams[decision.key]
         for decision in run.plan.weights()
         if decision.kind == "weight"
         for edge in decision.edges or ()
         if edge.index == 1
     }
+
+
+def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> PassReport:
+    """Round the weights of `graph`; the other graphs of the same plan get the same integers."""
+    assert run.graph is not None
+    assert run.plan is not None
+    numbers = _weight_numbers(run, table)
     if run.rounding is not None and run.rounding[0] is run.plan:
-        return replay(run.rounding[1], run.graph, graph, numbers)
+        return replay(run.rounding[1], run.graph, graph, numbers, offsets=offsets)
     method = run.options.round
     assert method in ROUND_WITH_DATA
     rounding = round_weights(

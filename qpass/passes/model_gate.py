@@ -40,7 +40,11 @@ class Verdict:
     @property
     def helps(self) -> bool:
         """True when the change is an improvement beyond doubt."""
-        sure = self.gain_db > CONFIDENCE * self.gain_error_db
+        return self.helps_by(CONFIDENCE)
+
+    def helps_by(self, confidence: float) -> bool:
+        """True when the typical sample gains by so many standard errors, and no output loses."""
+        sure = self.gain_db > confidence * self.gain_error_db
         return self.after_db > self.before_db and self.least_db >= 0.0 and sure
 
     @property
