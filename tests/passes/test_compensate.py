@@ -130,6 +130,16 @@ def test_a_change_that_does_not_surely_help_is_not_made(same, monkeypatch):
     assert "no sure improvement" in result.report.refusals[0].reason
 
 
+def test_it_has_to_beat_the_baseline():
+    """The float model cannot be beaten; the graph itself can."""
+    reference, quantized = mlp(quantized=False), mlp(quantized=True)
+    before = quantized.fingerprint()
+    result = compensate(reference, quantized, batches_of(8), baseline=reference)
+    assert result.method == "none"
+    assert quantized.fingerprint() == before
+    assert compensate(reference, quantized, batches_of(8)).method == "cwac"
+
+
 def test_one_batch_cannot_judge():
     result = compensate(mlp(quantized=False), mlp(quantized=True), batches_of(1))
     assert result.method == "none"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qpass.passes.model_gate import judge, sample_sqnr_db
+from qpass.passes.model_gate import Verdict, judge, sample_sqnr_db
 
 
 def outputs(*rows: float):
@@ -57,3 +58,11 @@ def test_no_output_pays_for_another():
     assert verdict.least_db == pytest.approx(-20.0 * math.log10(1.1), abs=1e-4)
     assert not verdict.helps
     assert "one output -0.83 dB" in verdict.sentence
+
+
+def test_less_confidence_asks_for_less():
+    verdict = Verdict(before_db=20.0, after_db=20.2, gain_db=0.3, gain_error_db=0.2)
+    assert verdict.helps_by(1.0)
+    assert not verdict.helps
+    assert not replace(verdict, after_db=19.9).helps_by(1.0)
+    assert not replace(verdict, least_db=-0.1).helps_by(1.0)

@@ -12,7 +12,8 @@ import qpass
 from qpass.dtypes import INT8
 from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
-from qpass.passes.round_weights import QUICK, Method, replay, round_weights
+from qpass.passes.model_gate import Verdict
+from qpass.passes.round_weights import QUICK, Method, replay, round_weights, write_offsets
 from qpass.qparams import QParams
 from qpass.verify.metrics import sqnr_db
 from tests.folds import graph_of, normal, rounded
@@ -75,6 +76,35 @@ def test_two_runs_and_a_replay_give_the_same_graph(method: Method) -> None:
     report = replay(roundings[0], reference, again, numbers_of(plan, table))
     assert report.changed == roundings[0].report.changed
     assert graphs[0].fingerprint() == graphs[1].fingerprint() == again.fingerprint()
+
+
+def test_offsets_can_be_left_to_others_and_written_later() -> None:
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    numbers = numbers_of(plan, table)
+    rounding = round_weights(reference, graph, feeds_of(reference, 32), numbers, method="gptq")
+    assert any(layer.offsets for layer in rounding.layers.values())
+    bare, _, _ = quantized_at(reference, "w4a8")
+    replay(rounding, reference, bare, numbers, offsets=False)
+    assert bare.fingerprint() != graph.fingerprint()
+    write_offsets(rounding, reference, bare, numbers)
+    assert bare.fingerprint() == graph.fingerprint()
+
+
+def test_the_model_is_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are better one by one stay as they were when the model's outputs are not."""
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    before = graph.fingerprint()
+    worse = Verdict(before_db=20.0, after_db=19.0, gain_db=-1.0, gain_error_db=0.1)
+    monkeypatch.setattr("qpass.passes.round_weights.judge", lambda *_: worse)
+    rounding = round_weights(
+        reference, graph, feeds_of(reference, 32), numbers_of(plan, table), method="gptq"
+    )
+    assert graph.fingerprint() == before
+    assert rounding.report.changed == 0
+    (refusal,) = [r for r in rounding.report.refusals if r.where == "model"]
+    assert "20.00 dB -> 19.00 dB" in refusal.reason
 
 
 def test_activations_in_files_change_nothing() -> None:
