@@ -79,8 +79,8 @@ class Effort:
 FULL: Final = Effort(rows=32, sweeps=SWEEPS)
 # What `auto` spends on weights with many levels. The cost grows with the cube of the inputs, and
 # the more inputs add up, the less their rounding errors weigh against those of the activations.
-# resnet18 W8A8, dB and seconds: nearest 26.41 and 0; up to 576 inputs 26.80; see DESIGN.md.
-QUICK: Final = Effort(rows=ENOUGH_ROWS, sweeps=0, inputs=1152)
+# Half of the rows pays for twice the inputs; numbers are in DESIGN.md.
+QUICK: Final = Effort(rows=ENOUGH_ROWS // 2, sweeps=0, inputs=2304)
 WIDE_LEVELS: Final = 100  # 7 bits and more
 
 
@@ -285,7 +285,7 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
             break
         else:
             reason = f"squared error {found:.3g} on held-out rows, {plain:.3g} with those"
-        if integers is not None and sums.count >= ENOUGH_ROWS * layer.layout.inputs:
+        if integers is not None and sums.count >= min(ENOUGH_ROWS, effort.rows) * inputs:
             break
     if integers is None:
         walk.refuse(layer.name, f"{reason}: the nearest integers stay")
@@ -304,7 +304,7 @@ def _measure(
     layout, batches = layer.layout, len(stream.batches)
     sums = InputSums(layout=layout, centered=layer.site.offset)
     held: list[tuple[Array, Array]] = []
-    fit_rows = max(LEAST_ROWS, rows_per_input * layout.inputs) // walk.first_held
+    fit_rows = -(-max(LEAST_ROWS, rows_per_input * layout.inputs) // walk.first_held)
     held_rows = HELD_ROWS // (batches - walk.first_held)
     for batch, (inputs, wanted) in enumerate(_pairs(step, layer, walk)):
         rows = layout.positions(wanted)
