@@ -55,7 +55,8 @@ def buy_mul(graph: Graph, tensor: str, readers: tuple[Reader, ...], scales: Scal
     node = readers[0].linear.node
     source = node.inputs[0]
     conv = node.op in ("Conv", "ConvTranspose")
-    trailing = len(source.shape) - 2 if conv else 0
+    # By the rank of the weight: behind an If that of the tensor may be unknown.
+    trailing = len(node.inputs[1].shape) - 2 if conv else 0
     # The reciprocal is rounded once; the weights take the inverse of what was stored.
     factor = (1.0 / scales.scale[readers[0].labels]).astype(np.float32)
     constant = graph.constant(f"{tensor}_scale", factor.reshape(-1, *[1] * trailing))

@@ -301,6 +301,18 @@ def test_a_bought_mul_is_exact_and_serves_all_readers():
     assert_exact(graph, after)
 
 
+def test_a_mul_is_bought_where_the_rank_of_the_tensor_is_unknown():
+    """As behind an If: the weight of the Conv knows it."""
+    graph = graph_of("t = Gelu (x)  [c] y = Conv (t, w)", IMAGE, w=(4, 3, 2, 2))
+    after = graph.copy()
+    place = next(r for r in places(after)[1] if r.tensor == "t")
+    place.readers[0].linear.node.inputs[0].shape = None
+    scales = Scales(method="random", scale=np.array([1.0, 0.3, 2.0, 9.0]), shift=np.zeros(4))
+    assert buy_mul(after, "t", place.readers, scales) == ""
+    after.sort()
+    assert_exact(graph, after)
+
+
 REFUSALS = {
     "non-linear in front": ("t = Gelu (x)  [fc] y = MatMul (t, w)", "Gelu in front"),
     "input of the model": ("[fc] y = MatMul (x, w)", "is an input of the model"),
