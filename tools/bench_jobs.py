@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -101,11 +102,9 @@ def peak_rss_bytes() -> int:
 def reset_peak() -> int:
     """Give freed memory back, start the peak anew, and return what is resident now."""
     gc.collect()
-    try:
+    with suppress(AttributeError, OSError):  # not Linux with glibc: the peak has the float pass too
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (AttributeError, OSError):
-        pass  # not Linux with glibc: the peak then includes the float pass
     return peak_rss_bytes()
 
 

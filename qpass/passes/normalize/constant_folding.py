@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -144,10 +145,9 @@ def _compute(
     graph: Graph, nodes: Sequence[Node], wanted: Sequence[Tensor], result: FoldResult
 ) -> dict[str, Array]:
     """Return the values of `wanted`; what the engine cannot compute is left out and refused."""
-    try:
+    with suppress(*ORT_ERRORS):
         return _run(graph, nodes, [tensor.name for tensor in wanted], {})
-    except ORT_ERRORS:
-        pass  # one of them is at fault: find out which
+    # One of them is at fault. One by one they tell which, and the others are still computed.
     known: dict[str, Array] = {}
     failed: set[int] = set()
     for node in nodes:
