@@ -5,31 +5,32 @@ the memory budget lies in files until it is needed. A pass may change the consta
 graph's current unit (and of anything behind it) while it holds the unit; the walk then runs the
 unit again, so that everything behind it sees the change.
 
-Cost for a model of any depth: one float forward and two quantized forwards. Both graphs carry the
-same names at the borders of units, because QDQ insertion leaves the names of the float tensors in
-place. Bodies of If, Loop and Scan run inside of their node.
+Cost for a model of any depth: one float forward and two quantized forwards. The second one shrinks
+to what lies behind the linear ops where the caller says what its change does to their outputs
+(`Step.settle`). Both graphs carry the same names at the borders of units, because QDQ insertion
+leaves the names of the float tensors in place. Bodies of If, Loop and Scan run inside of their
+node.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qpass.errors import PreconditionError
 from qpass.graph import Graph
+from qpass.live_tensors import LiveFeeds, Side, Store
 from qpass.program import Progress
 from qpass.submodel import Feeds, Submodel
 from qpass.units import Unit, split_into_units
 
 Array = NDArray[Any]
-Side = Literal["float", "quantized"]
 NEVER: Final = 1 << 60  # next use of a tensor that is an output of the graph
 
 
@@ -113,7 +114,7 @@ class Stream:
             tensor.name for tensor in reference.outputs if tensor.inputs or tensor.name in given
         ]
         self.folder = Path(self._folder.name)
-        self.store = _Store(memory_bytes, self.folder, self._next_use)
+        self.store = Store(memory_bytes, self.folder, self._next_use)
 
     def __enter__(self) -> Self:
         """Return the stream."""
@@ -134,9 +135,9 @@ class Stream:
             return NEVER
         return next((use for use in self._uses.get(name, ()) if use >= self._position), NEVER)
 
-    def feeds(self, side: Side, batch: int) -> _Feeds:
+    def feeds(self, side: Side, batch: int) -> LiveFeeds:
         """Return a view of everything that is alive for one batch."""
-        return _Feeds(self.batches[batch], self.store, side, batch)
+        return LiveFeeds(self.batches[batch], self.store, side, batch)
 
     def __iter__(self) -> Iterator[Step]:
         """Walk; each step must be used before the next one is taken."""
@@ -180,6 +181,8 @@ class Step:
         self.unit, self.batches = unit, len(stream.batches)
         self._stream = stream
         self._float_done = False
+        self._kept: str | None = None  # output of the linear op that waits in the store
+        self._settled: tuple[Array, Array, int] | None = None
 
     def taps(
         self,
@@ -187,6 +190,7 @@ class Step:
         *,
         local: bool = False,
         also: Sequence[Pair] = (),
+        keep: bool = False,
     ) -> Iterator[Tap]:
         """Run the unit in both graphs and yield the outputs of its linear op, batch by batch.
 
@@ -194,9 +198,10 @@ class Step:
             quantized_tap: name of that output in the quantized graph where it differs.
             local: also run the float op on the quantized graph's activations.
             also: tensors to fetch on the way: alive, or made from what is alive.
+            keep: hold the quantized outputs for `settle`; on the first run of the unit alone.
 
         Raises:
-            PreconditionError: the unit has no linear op, or has been run already.
+            PreconditionError: the unit has no linear op.
         """
         tap, stream = self.unit.tap, self._stream
         if tap is None:
@@ -207,6 +212,7 @@ class Step:
         float_names = [pair.float_name for pair in also]
         quantized_names = [pair.quantized_name for pair in also]
         quantized_tap = quantized_tap or tap
+        self._kept = quantized_tap if keep else None
         float_session = self._float_session(tap, *float_names)
         alive = stream.feeds("quantized", 0)
         session = stream.session(
@@ -219,6 +225,8 @@ class Step:
             wanted = self._run_float(float_session, batch)
             alive = stream.feeds("quantized", batch)
             got = session.run(alive)
+            if keep:
+                stream.store.put("pending", quantized_tap, batch, got[quantized_tap])
             before = stream.feeds("float", batch)
             yield Tap(
                 batch=batch,
@@ -234,6 +242,23 @@ class Step:
                 ),
             )
         self._float_done = True
+
+    def settle(self, gain: Array, offset: Array, *, axis: int) -> None:
+        """Say what the changes made since `taps` do to the kept output: `finish` computes it so.
+
+        The linear op does not run again, nor what is in front of it for its sake.
+
+        Args:
+            gain: factor of each channel.
+            offset: what is added after it, likewise.
+            axis: where the output has its channels.
+
+        Raises:
+            PreconditionError: `taps` has kept nothing.
+        """
+        if self._kept is None or not self._float_done:
+            raise PreconditionError("no output was kept that could be corrected")
+        self._settled = gain, offset, axis
 
     def _taps_again(
         self, tap: str, quantized_tap: str, *, local: bool, also: Sequence[Pair]
@@ -291,6 +316,8 @@ class Step:
     def finish(self) -> None:
         """Run what has not run yet, the quantized unit with its new constants."""
         stream, names = self._stream, self.unit.outputs
+        if self._kept is not None and (self._settled is None or not names):
+            stream.store.drop(self._kept, "pending")
         if not names:
             return
         if not self._float_done:
@@ -300,91 +327,32 @@ class Step:
             for batch in range(len(stream.batches)):
                 self._run_float(session, batch)
             self._float_done = True
+        if self._kept is not None and self._settled is not None:
+            self._finish_settled(self._kept, *self._settled)
+            return
         session = stream.session(stream.quantized, "quantized", names)
         for batch in range(len(stream.batches)):
             results = session.run(stream.feeds("quantized", batch))
             for name in names:
                 stream.store.put("quantized", name, batch, results[name])
 
-
-class _Feeds(Mapping[str, Array]):
-    """The inputs of the graph and the live tensors of one side and batch, as one mapping."""
-
-    def __init__(self, inputs: Feeds, store: _Store, side: Side, batch: int) -> None:
-        self._inputs, self._store, self._side, self._batch = inputs, store, side, batch
-
-    def __getitem__(self, name: str) -> Array:
-        if name in self._inputs:
-            return self._inputs[name]
-        return self._store.get(self._side, name, self._batch)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._inputs or self._store.has(self._side, name, self._batch)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._inputs
-        yield from self._store.names()
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class _Store:
-    """Live tensors in memory up to a budget; those needed last go to files first."""
-
-    def __init__(self, budget: int, folder: Path, next_use: Callable[[str], int]) -> None:
-        self._budget, self._folder, self._next_use = budget, folder, next_use
-        self._held: dict[tuple[Side, str, int], Array] = {}
-        self._files: dict[tuple[Side, str, int], tuple[Path, Any, tuple[int, ...]]] = {}
-        self.held_bytes = 0
-        self.spilled = 0  # tensors that went to files so far
-
-    def put(self, side: Side, name: str, batch: int, array: Array) -> None:
-        """Keep one array."""
-        key = (side, name, batch)
-        self._held[key] = array
-        self.held_bytes += array.nbytes
-        while self.held_bytes > self._budget:
-            candidates = [k for k, a in self._held.items() if a.nbytes and not a.dtype.hasobject]
-            if not candidates:
-                return  # text has no fixed size and stays
-            self._spill(max(candidates, key=lambda k: (self._next_use(k[1]), k[2])))
-
-    def _spill(self, key: tuple[Side, str, int]) -> None:
-        array = self._held.pop(key)
-        self.held_bytes -= array.nbytes
-        path = self._folder / f"{self.spilled}.bin"
-        self.spilled += 1
-        array.tofile(path)
-        self._files[key] = (path, array.dtype, array.shape)
-
-    def has(self, side: Side, name: object, batch: int) -> bool:
-        """True when the tensor is alive."""
-        return (side, name, batch) in self._held or (side, name, batch) in self._files
-
-    def get(self, side: Side, name: str, batch: int) -> Array:
-        """Return one array: the one that was put, or a read-only map of its file."""
-        key = (side, name, batch)
-        if key in self._held:
-            return self._held[key]
-        path, dtype, shape = self._files[key]  # KeyError: not alive
-        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors alive."""
-        return list(dict.fromkeys(name for _, name, _ in (*self._held, *self._files)))
-
-    def drop(self, name: str) -> None:
-        """Forget a tensor in all batches of both sides."""
-        for key in [k for k in self._held if k[1] == name]:
-            self.held_bytes -= self._held.pop(key).nbytes
-        for key in [k for k in self._files if k[1] == name]:
-            self._files.pop(key)[0].unlink()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for name in self.names():
-            self.drop(name)
+    def _finish_settled(self, kept: str, gain: Array, offset: Array, axis: int) -> None:
+        stream, store = self._stream, self._stream.store
+        others = [name for name in self.unit.outputs if name != kept]
+        session: Submodel | None = None
+        for batch in range(len(stream.batches)):
+            output = store.take("pending", kept, batch)
+            shape = [-1 if i == axis % output.ndim else 1 for i in range(output.ndim)]
+            output *= gain.astype(output.dtype).reshape(shape)
+            output += offset.astype(output.dtype).reshape(shape)
+            store.put("quantized", kept, batch, output)
+            if others and session is None:
+                session = stream.session(stream.quantized, "quantized", others)
+            results = {} if session is None else session.run(stream.feeds("quantized", batch))
+            for name in others:
+                store.put("quantized", name, batch, results[name])
+            if kept not in self.unit.outputs:
+                store.drop(kept, "quantized", batch)
 
 
 def _uses_of(units: Sequence[Unit]) -> dict[str, list[int]]:

@@ -69,7 +69,9 @@ def test_both_methods_from_the_command_line(
     assert min(cost["latency_ms"]) > 0.0
     assert cost["latency_ratio"] > 0.0
     before, after = cost["sqnr_db"]
-    assert after > before == free["sqnr_db"][1]
+    # The walk computed what the fold would do to each output; the folded graph has run here.
+    assert before == pytest.approx(free["sqnr_db"][1], rel=1e-6)
+    assert after > before
     model = onnx.load("q.onnx")
     assert sum(method in node.name and node.op_type not in QDQ for node in model.graph.node) == (
         nodes - 1  # and the sum

@@ -141,6 +141,49 @@ def test_every_linear_op_runs_three_times_in_all(batches, monkeypatch, use_taps)
     assert executed["Gemm"] == (3 if use_taps else 2) * DEPTH * len(batches)
 
 
+@pytest.mark.parametrize("memory", [0, 200, 1 << 30])
+def test_a_settled_output_is_what_another_run_would_give(batches, monkeypatch, memory):
+    """And it costs none: the second quantized forward leaves the linear ops out."""
+    executed = Counter()
+    real = Submodel.run
+
+    def counting(self, feeds):
+        executed.update(self.ops)
+        return real(self, feeds)
+
+    monkeypatch.setattr(Submodel, "run", counting)
+    results = []
+    for settle in (False, True):
+        executed.clear()
+        reference, quantized = residual_network(quantized=False), residual_network(quantized=True)
+        with Stream(reference, quantized, batches, memory_bytes=memory) as stream:
+            for step in stream:
+                list(step.taps(keep=True))
+                shift(quantized, reference, step.unit.linear)
+                if settle:
+                    step.settle(np.full(WIDTH, 1.25), np.full(WIDTH, 0.5), axis=-1)
+            results.append([got for _, got in stream.outputs()])
+            assert [
+                key for key in (*stream.store._held, *stream.store._files) if key[0] == "pending"
+            ] == []
+        assert executed["Gemm"] == (2 if settle else 3) * DEPTH * len(batches)
+    for plain, settled in zip(*results, strict=True):
+        for name, want in plain.items():
+            # Gains of 1.25 are exact; a product and a sum round once more at each of four layers.
+            np.testing.assert_allclose(settled[name], want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_not_kept_cannot_be_settled(batches):
+    graphs = residual_network(quantized=False), residual_network(quantized=True)
+    with Stream(*graphs, batches) as stream:
+        step = next(iter(stream))
+        with pytest.raises(PreconditionError, match="no output was kept"):
+            step.settle(np.ones(WIDTH), np.zeros(WIDTH), axis=-1)
+        next(step.taps(keep=True))  # a look that stops early keeps nothing that is complete
+        with pytest.raises(PreconditionError, match="no output was kept"):
+            step.settle(np.ones(WIDTH), np.zeros(WIDTH), axis=-1)
+
+
 @pytest.mark.parametrize("budget", [0, 100, 1000])
 def test_a_small_budget_spills_and_changes_nothing(batches, budget):
     results, spilled = [], []

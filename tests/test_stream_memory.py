@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from qpass.graph import Graph
-from qpass.stream import NEVER, Stream, _Store
+from qpass.live_tensors import Store
+from qpass.stream import NEVER, Stream
 
 Array = np.ndarray[Any, Any]
 DEPTH, WIDTH = 5, 6
@@ -72,13 +73,13 @@ def ragged() -> list[dict[str, Array]]:
 def walk(budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Array], list[int], int]:
     """Return all taps and outputs, the bytes held after each put, and the count of files."""
     held: list[int] = []
-    real = _Store.put
+    real = Store.put
 
-    def watched(self: _Store, *args: Any) -> None:
+    def watched(self: Store, *args: Any) -> None:
         real(self, *args)
         held.append(self.held_bytes)
 
-    monkeypatch.setattr(_Store, "put", watched)
+    monkeypatch.setattr(Store, "put", watched)
     found = []
     with Stream(skips(), quantized(), ragged(), memory_bytes=budget, optimize=False) as stream:
         for step in stream:
@@ -132,7 +133,7 @@ def empty_outputs(units: list[tuple[str, ...]]) -> int:
 
 def test_what_is_needed_last_goes_first(tmp_path: Path):
     uses = {"soon": 1, "later": 5, "never": NEVER}
-    store = _Store(8, tmp_path, uses.__getitem__)
+    store = Store(8, tmp_path, uses.__getitem__)
     four = np.ones(1, np.float32)
     for name in ("never", "soon", "later"):
         store.put("float", name, 0, four)
@@ -140,7 +141,7 @@ def test_what_is_needed_last_goes_first(tmp_path: Path):
     store.put("quantized", "soon", 0, four)
     assert {key[1] for key in store._files} == {"never", "later"}
     # Of one tensor the last batch is needed last.
-    store = _Store(4, tmp_path, uses.__getitem__)
+    store = Store(4, tmp_path, uses.__getitem__)
     for batch in (0, 1):
         store.put("float", "soon", batch, four)
     assert [key[2] for key in store._files] == [1]
@@ -158,7 +159,7 @@ def test_what_is_needed_last_goes_first(tmp_path: Path):
     ],
 )
 def test_files_hold_any_type_and_layout(array, tmp_path: Path):
-    store = _Store(0, tmp_path, lambda _: 0)
+    store = Store(0, tmp_path, lambda _: 0)
     store.put("float", "x", 0, array)
     assert (store.held_bytes, store.spilled) == (0, 1)
     found = store.get("float", "x", 0)
@@ -171,9 +172,32 @@ def test_files_hold_any_type_and_layout(array, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("budget", [0, 1 << 10])
+def test_what_is_taken_is_gone_and_may_be_changed(budget, tmp_path: Path):
+    store = Store(budget, tmp_path, lambda _: 0)
+    array = np.arange(6, dtype=np.float32)
+    array.flags.writeable = budget == 0
+    for side in ("float", "pending"):
+        for batch in (0, 1):
+            store.put(side, "x", batch, array)
+    taken = store.take("pending", "x", 1)
+    np.testing.assert_array_equal(taken, array)
+    taken[...] = 0
+    np.testing.assert_array_equal(store.get("float", "x", 1), np.arange(6))
+    assert not store.has("pending", "x", 1)
+    assert store.has("pending", "x", 0)
+    store.drop("x", "pending")
+    assert not store.has("pending", "x", 0)
+    store.drop("x", "float", 0)
+    assert not store.has("float", "x", 0)
+    assert store.has("float", "x", 1)
+    assert store.held_bytes == (array.nbytes if budget else 0)
+    assert len(list(tmp_path.iterdir())) == (0 if budget else 1)
+
+
 def test_text_stays_in_memory(tmp_path: Path):
     """It has no fixed size; the budget cannot be kept then, and the walk goes on."""
-    store = _Store(0, tmp_path, lambda _: 0)
+    store = Store(0, tmp_path, lambda _: 0)
     store.put("float", "words", 0, np.array(["a", "bc"], object))
     store.put("float", "numbers", 0, np.ones(3))
     assert store.spilled == 1

@@ -26,8 +26,8 @@ from qpass.passes.channel_affine import (
     ChannelAffine,
     FitKind,
     GainKind,
+    Groups,
     PairMoments,
-    merge_all,
     solve_shrunk,
 )
 
@@ -76,7 +76,8 @@ def solve_gated(
     from all groups. A single gain for the tensor is judged over all channels, since it cannot be
     left out of one.
     """
-    whole = merge_all(groups)
+    stack = Groups(groups)
+    whole = stack.whole
     finite = whole.finite
     if len(groups) < 2:
         return GatedAffine(
@@ -88,19 +89,19 @@ def solve_gated(
             refusals={ONE_GROUP: tuple(range(finite.size))},
         )
 
-    def solve(some: Sequence[PairMoments], kind: GainKind) -> ChannelAffine:
+    def solve(some: Groups, kind: GainKind) -> ChannelAffine:
         return solve_shrunk(some, ridge=ridge, clip=clip, gain=kind, offset=offset, fit=fit)
 
     folds = min(FOLDS, len(groups))
-    shares = np.array([g.count for g in groups]) / max(whole.count, 1)
     errors = np.zeros((3, len(groups), finite.size))
     for fold in range(folds):
-        others = [g for i, g in enumerate(groups) if i % folds != fold]
+        judging = slice(fold, None, folds)
+        others = stack.without(judging)
         kinds = (ChannelAffine.identity(finite.size), solve(others, "none"), solve(others, gain))
-        for i in range(fold, len(groups), folds):
-            for kind, affine in enumerate(kinds):
-                errors[kind, i] = groups[i].error(affine) * shares[i] * len(groups)
-    errors = np.where(finite, errors, 0.0)
+        for kind, affine in enumerate(kinds):
+            errors[kind, judging] = stack.some(judging).error(affine)
+    shares = stack.count / max(whole.count, 1)
+    errors = np.where(finite, errors * shares * len(groups), 0.0)
     shifted = _surely_positive(errors[0] - errors[1], confidence)
     best_plain = np.where(shifted, errors[1], errors[0])
     drop = best_plain - errors[2]
@@ -110,7 +111,7 @@ def solve_gated(
         )
     else:
         scaled = _surely_positive(drop, confidence) & finite
-    full, shift = solve(groups, gain), solve(groups, "none")
+    full, shift = solve(stack, gain), solve(stack, "none")
     affine = ChannelAffine(
         gain=np.where(scaled, full.gain, 1.0),
         offset=np.select([scaled, shifted], [full.offset, shift.offset], 0.0),

@@ -211,16 +211,5 @@ def _measure(step: Step, tap: str, axis: int, first_held: int, skip: Pair | None
         for skip_float, skip_quantized in others:
             wanted = wanted + (skip_float - skip_quantized)
         into = sums.fit if batch < first_held else sums.held
-        into += _groups(got, wanted, axis)
+        into += PairMoments.of_groups(got, wanted, axis=axis, most=GROUPS)
     return sums
-
-
-def _groups(got: Array, wanted: Array, axis: int) -> list[PairMoments]:
-    """Return the moments of groups of samples; channels on the first axis cannot be grouped."""
-    if axis % got.ndim == 0:
-        return [PairMoments.of(got, wanted, axis=axis)]
-    parts = min(GROUPS, len(got))
-    return [
-        PairMoments.of(a, t, axis=axis)
-        for a, t in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
-    ]

@@ -14,7 +14,8 @@ Why it can help
 What it costs
     No run of a linear op: a few thousand rows of its inputs are enough, and their products with a
     part of the output channels are taken in numpy, only where the input promises enough. The ops in
-    front, which are cheap, run once more for half of the batches.
+    front, which are cheap, run once more for a few batches, and where they promise something for
+    half of them.
 Preconditions
     The walk stands at the unit, in front of the fit of the op's output.
 """
@@ -34,6 +35,7 @@ from qpass.passes.channel_affine import Array, ChannelAffine, PairMoments, merge
 from qpass.passes.channel_gate import solve_gated
 from qpass.passes.fold_consumer import NORMS
 from qpass.passes.fold_linear import InputSite, find_input_site, fold_into_input
+from qpass.passes.unit_moments import thinned
 from qpass.report.model import Refusal
 from qpass.stream import Pair, Step
 
@@ -43,6 +45,7 @@ BYTES: Final = 1 << 26  # of the rows, as float64
 OUTPUTS: Final = 64  # channels that the gate looks at
 GROUPS: Final = 4  # groups of samples a batch
 CONFIDENCE: Final = 2.0  # standard errors, of a channel and of the whole
+SCREENED: Final = 16  # samples that tell whether an input promises anything
 LEAST_DB: Final = 0.5  # by which the error has to fall, as for nodes that would be added
 # What these make of a corrected tensor is corrected.
 _PASSED: Final = MOVERS | {"Clip", "DequantizeLinear", "MaxPool", "QuantizeLinear", "Relu"}
@@ -138,17 +141,17 @@ def _is_weight(graph: Graph, tensor: Tensor) -> bool:
 
 def _solve(step: Step, site: InputSite, first_held: int, ridge: float) -> ChannelAffine | str:
     """Return the correction of the input, or why it gets none."""
+    hoped = _hoped_db(step, site, first_held, ridge)
+    if isinstance(hoped, str):
+        return hoped
+    if not hoped >= LEAST_DB:
+        return f"the error of its input would fall by {hoped:.2f} dB, not {LEAST_DB}"
     outputs = _some(site.layout.outputs, max(1, OUTPUTS // site.layout.groups))
     rows = _gather(step, site, outputs, first_held)
     fit = [part.moments for part in rows if not part.held]
     solved = solve_gated(fit, ridge=ridge, offset=site.output.offset, confidence=CONFIDENCE)
-    if not solved.gain_and_offset:
-        return "no channel of its input would surely get better by a gain"
     offset = np.zeros(site.channels) if site.no_offset else solved.affine.offset
     affine = ChannelAffine(gain=solved.affine.gain, offset=offset)
-    hoped = _hoped_db(site, fit, solved.affine)
-    if not hoped >= LEAST_DB:
-        return f"the error of its input would fall by {hoped:.2f} dB, not {LEAST_DB}"
     before = _errors(site, rows, site.weight(), outputs, ridge)
     after = _errors(site, rows, site.scaled(affine.gain).stands_for, outputs, ridge)
     if before.size < 2:
@@ -163,14 +166,30 @@ def _solve(step: Step, site: InputSite, first_held: int, ridge: float) -> Channe
     return f"the error of its output would fall by {change:.2f} dB on held-out rows, not surely"
 
 
-def _hoped_db(site: InputSite, fit: Sequence[PairMoments], affine: ChannelAffine) -> float:
-    """Return how far the error falls that the input brings to the output, were it white."""
+def _hoped_db(step: Step, site: InputSite, first_held: int, ridge: float) -> float | str:
+    """Return how far the error falls that the input brings to the output, were it white.
+
+    Looks at a few samples: most inputs promise nothing, and this is all that they cost.
+    """
+    axis = 1 if site.original.op == "Conv" else -1
+    pair = Pair(float_name=site.float_tap, quantized_name=site.tap)
+    batches = np.random.default_rng(0).permutation(first_held).tolist()
+    fit: list[PairMoments] = []
+    samples = 0
+    for ((floating, got),) in step.look([pair], batches):
+        fit += PairMoments.of_groups(thinned(got), thinned(floating), axis=axis, most=GROUPS)
+        samples += len(got)
+        if samples >= SCREENED:
+            break
+    solved = solve_gated(fit, ridge=ridge, offset=site.output.offset, confidence=CONFIDENCE)
+    if not solved.gain_and_offset:
+        return "no channel of its input would surely get better by a gain"
     moments = merge_all(fit)
     identity = ChannelAffine.identity(site.channels)
     # What is constant is the offset of the output, which takes it anyway.
     free = ChannelAffine(gain=identity.gain, offset=moments.mean_t - moments.mean_a)
     squares = np.square(site.float_weight()).sum(axis=2).reshape(site.channels, -1).sum(axis=1)
-    before, after = (float(squares @ moments.error(a)) for a in (free, affine))
+    before, after = (float(squares @ moments.error(a)) for a in (free, solved.affine))
     return 10.0 * math.log10(before / after) if before > 0.0 and after > 0.0 else 0.0
 
 

@@ -92,6 +92,17 @@ class Site:
     groups: int = 1
     rounding: Rounding | None = None
 
+    @property
+    def predictable(self) -> bool:
+        """True where `at_tap` tells what the op gives after a fold, to the last bits of float32."""
+        return self.rounding is None and self.gain_slot.constant.dtype == np.float32
+
+    def at_tap(self, affine: ChannelAffine) -> ChannelAffine:
+        """Return what folding `affine` does to `tap`: a bias behind it takes the offset."""
+        if self.bias_inside:
+            return affine
+        return ChannelAffine(gain=affine.gain, offset=np.zeros(self.channels))
+
 
 def find_site(graph: Graph, nodes: Mapping[str, Node], reference: Node) -> Site | str:
     """Return where the output of the float node `reference` can be corrected, or why nowhere.

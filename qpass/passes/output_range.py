@@ -39,8 +39,15 @@ class Extremes:
 
     def update(self, quantized: Array, floating: Array, *, axis: int) -> None:
         """Add one batch."""
-        others = tuple(i for i in range(quantized.ndim) if i != axis % quantized.ndim)
-        low, high = quantized.min(axis=others), quantized.max(axis=others)
+        axis %= quantized.ndim
+        low, high = (
+            # One axis after the other: many times faster than both around the channels at once.
+            look(
+                look(quantized, axis=tuple(range(axis + 1, quantized.ndim))),
+                axis=tuple(range(axis)),
+            )
+            for look in (np.min, np.max)
+        )
         self.low = low if self.low is None else np.minimum(self.low, low)
         self.high = high if self.high is None else np.maximum(self.high, high)
         self.float_low = min(self.float_low, float(floating.min()))

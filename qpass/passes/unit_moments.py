@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
 from qpass.passes.attention_scores import ScoreSums
 from qpass.passes.channel_affine import Array, PairMoments, merge_all
 from qpass.passes.fold_affine import Site
@@ -16,7 +14,7 @@ from qpass.passes.output_range import Extremes
 from qpass.stream import Pair, Step
 
 GROUPS: Final = 8  # groups of samples a batch, to see how much channels differ between samples
-POSITIONS: Final = 1024  # of a feature map, that enter the sums
+POSITIONS: Final = 256  # of a feature map, that enter the sums
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,16 +48,13 @@ def measure(
     measured = Measured(held=PairMoments.empty(site.channels))
     skips = () if skip is None else (skip,)
     operands = [pair for sums in scores for pair in sums.pairs]
-    for tap in step.taps(site.tap, local=local, also=(*skips, *operands)):
+
+    for tap in step.taps(site.tap, local=local, also=(*skips, *operands), keep=True):
         got, floating = thinned(tap.quantized), thinned(tap.float)
         wanted = floating if tap.local is None else thinned(tap.local)
         for skip_float, skip_quantized in tap.also[: len(skips)]:
             wanted = wanted + (thinned(skip_float) - thinned(skip_quantized))
-        parts = min(GROUPS, len(got))
-        groups = [
-            PairMoments.of(*pair, axis=site.axis)
-            for pair in zip(np.array_split(got, parts), np.array_split(wanted, parts), strict=True)
-        ]
+        groups = PairMoments.of_groups(got, wanted, axis=site.axis, most=GROUPS)
         fetched = tap.also[len(skips) :]
         for sums, query, key in zip(scores, fetched[::2], fetched[1::2], strict=True):
             sums.update(query, key, held=tap.batch >= first_held)
@@ -68,6 +63,7 @@ def measure(
             measured.fit.extend(groups)
         else:
             measured.held = measured.held.merge(merge_all(groups))
+
     return measured
 
 

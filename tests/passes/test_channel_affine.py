@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpass.errors import InternalError
-from qpass.passes.channel_affine import ChannelAffine, PairMoments, merge_all, solve_channel_affine
+from qpass.passes.channel_affine import (
+    ChannelAffine,
+    Groups,
+    PairMoments,
+    merge_all,
+    solve_channel_affine,
+)
 from qpass.passes.channel_gate import solve_gated
 
 FIELDS = ("mean_a", "mean_t", "m_aa", "m_at", "m_tt")
@@ -57,6 +63,49 @@ def test_the_axis_may_be_any_and_chunks_do_not_show():
     for name, want in zip(FIELDS, direct, strict=True):
         np.testing.assert_allclose(getattr(whole, name), want, rtol=1e-11)
         np.testing.assert_allclose(getattr(moved, name), want, rtol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 7, 9), (6, 11, 5), (7, 5), (2, 5, 300, 300), (3, 5, 4)])
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_groups_at_once_are_groups_one_by_one(shape, most):
+    random = np.random.default_rng(3)
+    axis = 2 if shape == (6, 11, 5) else 1
+    a = (random.standard_normal(shape) + 2).astype(np.float32)
+    a.ravel()[7] = np.inf
+    t = (a + random.standard_normal(shape)).astype(np.float32)
+    parts = min(most, shape[0])
+    want = groups_of(a, t, count=parts, axis=axis)
+    got = PairMoments.of_groups(a, t, axis=axis, most=most)
+    assert [g.count for g in got] == [w.count for w in want]
+    for one, other in zip(got, want, strict=True):
+        for name in FIELDS:
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-10)
+
+
+def test_channels_on_the_first_axis_are_one_group():
+    a = np.random.default_rng(5).standard_normal((4, 9))
+    (group,) = PairMoments.of_groups(a, a, axis=0, most=8)
+    assert (group.count, group.mean_a.size) == (9, 4)
+    with pytest.raises(InternalError, match="pairs of shape"):
+        PairMoments.of_groups(a, a[:2], axis=1, most=2)
+
+
+def test_stacked_groups_judge_as_each_would():
+    random = np.random.default_rng(6)
+    a = random.standard_normal((12, 8, 3))
+    groups = groups_of(a, 1.2 * a + 0.1, count=6)
+    stack = Groups(groups)
+    affine = ChannelAffine(gain=np.array([1.0, 1.1, 1.3]), offset=np.array([0.0, 0.1, 0.2]))
+    errors = np.array([g.error(affine) for g in groups])
+    np.testing.assert_allclose(stack.error(affine), errors, rtol=1e-13)
+    picked = slice(1, None, 2)
+    np.testing.assert_allclose(stack.some(picked).error(affine), errors[1::2], rtol=1e-13)
+    np.testing.assert_allclose(stack.without(picked).error(affine), errors[::2], rtol=1e-13)
+    merged = groups[0]
+    for group in groups[1:]:
+        merged = merged.merge(group)
+    for name in FIELDS:
+        np.testing.assert_allclose(getattr(stack.whole, name), getattr(merged, name), rtol=1e-11)
 
 
 @given(cut=st.integers(1, 39), mean=st.sampled_from([0.0, 1e6]))

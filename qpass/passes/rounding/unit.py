@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Graph
+from qpass.live_tensors import Side
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer
 from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
-from qpass.stream import Side, Stream
+from qpass.stream import Stream
 from qpass.submodel import Submodel
 
 Array = NDArray[Any]
