@@ -187,6 +187,7 @@ def _leaves_offsets(run: Run) -> bool:
 def _compensate(run: Run, graph: Graph, table: QTable) -> PassReport:
     assert run.graph is not None
     left = _leaves_offsets(run)
+    rounded = left and run.rounding is not None and run.rounding[1].report.changed > 0
     method = run.options.compensate
     result = compensate(
         run.graph,
@@ -195,7 +196,7 @@ def _compensate(run: Run, graph: Graph, table: QTable) -> PassReport:
         method="bias" if method == "bias" else "cwac",
         fit=run.options.fit,
         runtime_ops=run.options.allow_runtime_ops and run.target.scheme != "full",
-        baseline=run.plain if left else None,
+        baseline=run.plain if rounded else None,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         progress=run.progress,

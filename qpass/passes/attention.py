@@ -100,8 +100,10 @@ class Shapes:
         if isinstance(tensor, Constant):
             return array_of(tensor)
         if tensor.name not in self.known:
-            piece = Submodel(self.graph, self.sample, [tensor.name])
-            self.known[tensor.name] = piece.run(self.sample)[tensor.name]
+            # From what is known already: in order of execution all questions are one forward.
+            alive = {**self.sample, **self.known}
+            piece = Submodel(self.graph, alive, [tensor.name])
+            self.known[tensor.name] = piece.run(alive)[tensor.name]
         return self.known[tensor.name]
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:

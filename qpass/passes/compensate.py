@@ -12,8 +12,8 @@ Where it aims
 Why it never makes things worse
     Samples are held out. A channel loses a correction that hurts on samples it was not fitted to
     (see `channel_gate`), and the whole is kept only where the model's outputs are surely closer to
-    the float model's on samples that nothing was fitted to; else offsets alone are tried, else
-    nothing is done.
+    the float model's on samples that nothing was fitted to; else offsets alone are tried (not
+    where the rounding of the weights has brought some already), else nothing is done.
 Preconditions
     `insert_qdq` has run, biases are still float. Names of the two graphs agree.
 """
@@ -134,7 +134,8 @@ def compensate(
         fit: ``mm`` keeps the size of what a Softmax or the user reads (see `scale_matters`) instead
             of the least squares, which shrink it by what they cannot explain.
         runtime_ops: also add Mul and Add nodes where no constant can take a correction.
-        baseline: what the result has to beat; None: `quantized` as it comes.
+        baseline: what the result has to beat, a graph whose offsets are corrected: offsets alone
+            are then not tried again. None: `quantized` as it comes.
         threads: threads of each session.
         progress: told after each unit.
     """
@@ -151,7 +152,8 @@ def compensate(
     shapes = Shapes(graph=reference, sample=batches[0])
     keys = key_channels(reference, shapes)
     products = find_scores(reference, shapes) if target == "global" else {}
-    methods: tuple[Method, ...] = ("cwac", "bias") if method == "cwac" else ("bias",)
+    fallback: tuple[Method, ...] = ("bias",) if method == "cwac" and baseline is None else ()
+    methods: tuple[Method, ...] = (method, *fallback)
     for candidate in methods:
         options = _Options(
             method=candidate,
