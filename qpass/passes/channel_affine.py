@@ -111,8 +111,8 @@ class PairMoments:
         axis %= a.ndim
         if axis == 0:  # the channels: no samples to cut
             return [cls.of(a, t, axis=axis)]
-        parts = min(most, len(a))
-        if parts == 0 or len(a) % parts or a.size > GROUPED:
+        parts = max(1, min(most, len(a)))
+        if len(a) % parts or not 0 < a.size <= GROUPED:
             pairs = zip(np.array_split(a, parts), np.array_split(t, parts), strict=True)
             return [cls.of(*pair, axis=axis) for pair in pairs]
         inner = int(np.prod(a.shape[axis + 1 :], dtype=np.int64))

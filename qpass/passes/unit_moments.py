@@ -48,7 +48,6 @@ def measure(
     measured = Measured(held=PairMoments.empty(site.channels))
     skips = () if skip is None else (skip,)
     operands = [pair for sums in scores for pair in sums.pairs]
-
     for tap in step.taps(site.tap, local=local, also=(*skips, *operands), keep=True):
         got, floating = thinned(tap.quantized), thinned(tap.float)
         wanted = floating if tap.local is None else thinned(tap.local)
@@ -63,7 +62,6 @@ def measure(
             measured.fit.extend(groups)
         else:
             measured.held = measured.held.merge(merge_all(groups))
-
     return measured
 
 
