@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -152,3 +154,23 @@ def test_peak_memory_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "_STATUS", tmp_path / "absent")
     # Both come from the kernel's high-water mark; getrusage updates it a little later.
     assert peak_rss_bytes() == pytest.approx(usual, rel=0.05)
+
+
+def test_each_round_runs_every_engine_once_in_an_order_of_its_own() -> None:
+    calls: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, feeds: object) -> None:
+            calls.append(self.name)
+
+    engines: list[Any] = [Recorder(name) for name in "abc"]
+    results = measure_interleaved(engines, {}, seconds=0.0, min_runs=90, warmup=0)
+    assert [result.name for result in results] == ["a", "b", "c"]
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 90
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    for name in "abc":  # 30 of 90 are expected, with a standard deviation of 4.5
+        assert 15 <= sum(names[0] == name for names in rounds) <= 45
