@@ -76,6 +76,20 @@ def batches() -> list[dict[str, np.ndarray]]:
     ]
 
 
+@pytest.fixture
+def executed(monkeypatch) -> Counter[str]:
+    """Count the ops that pieces of graphs run, by type."""
+    counts: Counter[str] = Counter()
+    real = Submodel.run
+
+    def counting(self, feeds):
+        counts.update(self.ops)
+        return real(self, feeds)
+
+    monkeypatch.setattr(Submodel, "run", counting)
+    return counts
+
+
 def run_whole(graph: Graph, tap: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -123,15 +137,7 @@ def test_local_taps_and_extra_pairs(batches):
 
 
 @pytest.mark.parametrize("use_taps", [True, False])
-def test_every_linear_op_runs_three_times_in_all(batches, monkeypatch, use_taps):
-    executed = Counter()
-    real = Submodel.run
-
-    def counting(self, feeds):
-        executed.update(self.ops)
-        return real(self, feeds)
-
-    monkeypatch.setattr(Submodel, "run", counting)
+def test_every_linear_op_runs_three_times_in_all(batches, executed, use_taps):
     graphs = residual_network(quantized=False), residual_network(quantized=True)
     with Stream(*graphs, batches) as stream:
         for step in stream:
@@ -142,16 +148,8 @@ def test_every_linear_op_runs_three_times_in_all(batches, monkeypatch, use_taps)
 
 
 @pytest.mark.parametrize("memory", [0, 200, 1 << 30])
-def test_a_settled_output_is_what_another_run_would_give(batches, monkeypatch, memory):
+def test_a_settled_output_is_what_another_run_would_give(batches, executed, memory):
     """And it costs none: the second quantized forward leaves the linear ops out."""
-    executed = Counter()
-    real = Submodel.run
-
-    def counting(self, feeds):
-        executed.update(self.ops)
-        return real(self, feeds)
-
-    monkeypatch.setattr(Submodel, "run", counting)
     results = []
     for settle in (False, True):
         executed.clear()
