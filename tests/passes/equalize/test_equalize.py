@@ -132,7 +132,7 @@ def test_the_statistics_are_those_of_the_migrated_graph():
         got = result.stats[name]
         assert (got.count, got.sampled) == (stats.count, stats.sampled)
         # Float32 sums of sixteen products: what is not calibrated again differs by their rounding,
-        # 16 * 2**-24 of magnitudes of up to 4.
+        # 16 * 2**-24 of their size, or of 4 where terms cancel. Here they came out equal.
         np.testing.assert_allclose(got.channel_low, stats.channel_low, rtol=2.0**-20, atol=2.0**-18)
         np.testing.assert_allclose(
             got.channel_high, stats.channel_high, rtol=2.0**-20, atol=2.0**-18
