@@ -20,7 +20,9 @@ from qpass.passes.normalize.folding import integers_of
 Labels = NDArray[np.int64]
 
 RESHAPES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-MOVERS: Final = RESHAPES | {"Concat", "Gather", "Slice", "Split", "Transpose"}
+MOVERS: Final = RESHAPES | {
+    "Concat", "Expand", "Gather", "ReduceMean", "Slice", "Split", "Transpose",
+}  # fmt: skip
 
 
 def reduced(labels: Labels) -> Labels:
@@ -65,6 +67,16 @@ def move_forward(node: Node, index: int, labels: Labels) -> list[tuple[Tensor, L
         return None if moved is None else [(out, moved)]
     if node.op == "Transpose":
         return [(out, labels.transpose(_perm(node, labels.ndim)))]
+    if node.op == "Expand":
+        rank = _rank(out)
+        if rank is None or not _repeats(node, varying(labels), labels.ndim):
+            return None
+        return [(out, labels.reshape([1] * (rank - labels.ndim) + list(labels.shape)))]
+    if node.op == "ReduceMean":
+        axes = _averaged(node, labels.ndim)
+        if axes is None or set(axes) & set(varying(labels)):
+            return None
+        return [(out, labels if node.attrs.get("keepdims", 1) else labels.squeeze(axes))]
     if node.op == "Concat":
         axis, spans = _concat_spans(node)
         if spans is None:
@@ -91,6 +103,17 @@ def move_backward(node: Node, tensor: Tensor, labels: Labels) -> list[tuple[int,
         return None if moved is None else [(0, moved)]
     if node.op == "Transpose":
         return [(0, labels.transpose(np.argsort(_perm(node, labels.ndim))))]
+    if node.op == "Expand":
+        rank = _rank(node.inputs[0])
+        if rank is None or not _repeats(node, varying(labels), labels.ndim):
+            return None
+        return [(0, labels.reshape(labels.shape[labels.ndim - rank :]))]
+    if node.op == "ReduceMean":
+        keeps = bool(node.attrs.get("keepdims", 1))
+        axes = _averaged(node, _rank(node.inputs[0]))
+        if axes is None or (keeps and set(axes) & set(varying(labels))):
+            return None
+        return [(0, labels if keeps else np.expand_dims(labels, axes))]
     if node.op == "Concat":
         axis, spans = _concat_spans(node)
         if spans is None:
@@ -157,6 +180,22 @@ def _size(tensor: Tensor, axis: int) -> int | None:
 def _perm(node: Node, rank: int) -> list[int]:
     perm = node.attrs.get("perm")
     return list(range(rank))[::-1] if perm is None else [int(p) for p in perm]
+
+
+def _repeats(node: Node, axes: Sequence[int], rank: int) -> bool:
+    """True when Expand leaves `axes` of a tensor of `rank`, its input or output, as they are."""
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    if before is None or after is None or any(axis < rank - len(before) for axis in axes):
+        return False
+    return all(before[axis - rank] == after[axis - rank] for axis in axes)
+
+
+def _averaged(node: Node, rank: int | None) -> tuple[int, ...] | None:
+    """Return the axes that ReduceMean averages over, None when they are not known."""
+    axes = integers_of(node, "axes", 1)
+    if rank is None or not axes:
+        return None
+    return tuple(sorted(axis % rank for axis in axes))
 
 
 def _filled(labels: Labels, axis: int, span: slice, size: int) -> Labels:

@@ -11,8 +11,9 @@ from qpass.passes.affine.absorb import LinearReader
 from qpass.passes.equalize.labels import Labels
 
 # What takes the scale in front: a norm, a linear op, another constant; with products of activations
-# between: softmax(A) V, or Q K^T, of which one side takes the scale and the other its inverse.
-Kind = Literal["norm", "linear", "value", "logits", "constant"]
+# between: softmax(A) V, or Q K^T, of which one side takes the scale and the other its inverse; or
+# all that writes to a residual stream.
+Kind = Literal["norm", "linear", "value", "logits", "stream", "constant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +60,9 @@ class Product:
 class Site:
     """A place for one set of scales, numbered from 1; label 0 is the scale 1.
 
-    shift: the constant that an offset can be subtracted from, in front of the scale: the bias of a
-    norm, or that of V (rows of a softmax sum to one, so an offset of V is one of the product). All
-    readers make up for it in biases that are there.
+    shift: the constant that an offset can be subtracted from, in front of the scale (`find_shift`):
+    the bias of a norm, that of V, or what is added in front of a residual stream. All readers make
+    up for it in biases that are there.
     """
 
     tensor: str

@@ -6,7 +6,8 @@ What it does
     until something takes it up: the weights of linear ops behind (times s), the constants in front
     (divided by s): gain and bias of a norm, output channels and bias of a linear op, constants of
     Mul, Add and Concat. A product of two activations passes the scale of its right operand's
-    columns on (softmax(A) V), or wants the inverse at its other operand (Q K^T).
+    columns on (softmax(A) V), or wants the inverse at its other operand (Q K^T). A sum of two
+    activations wants the same scale at both, which makes one site of a residual stream.
 Why it is exact
     Every op that is passed obeys f(s * x) == s * f(x) for positive s by channel, so the function of
     the model does not change. Where that does not hold for a channel, its scale is fixed to 1; when
@@ -39,7 +40,7 @@ def find_sites(graph: Graph, quantized: Sequence[str]) -> tuple[list[Site], list
         graph: is not changed; the sites refer to its nodes.
         quantized: names of the linear ops that read integers.
     """
-    wanted, seen = set(quantized), set()
+    wanted, seen = set(quantized), set[str]()
     sites: list[Site] = []
     refused: list[Refused] = []
     for node in graph.nodes:
@@ -50,6 +51,8 @@ def find_sites(graph: Graph, quantized: Sequence[str]) -> tuple[list[Site], list
         found = _site(graph, node, tensor)
         if isinstance(found, Site):
             sites.append(found)
+            if found.kind == "stream":  # its other readers would find the same site
+                seen |= found.tensors
         elif is_weighted(node):
             readers = direct_readers(graph, tensor, wanted)
             refused.append(Refused(tensor=tensor.name, reason=found, readers=readers))

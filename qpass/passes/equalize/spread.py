@@ -32,7 +32,8 @@ from qpass.passes.equalize.labels import (
     varying,
     vector,
 )
-from qpass.passes.equalize.linear import channels_of, has_bias, rows_sum_to_one
+from qpass.passes.equalize.linear import channels_of
+from qpass.passes.equalize.shift import find_shift
 from qpass.passes.equalize.site import Kind, Product, Reader, Site, Slot
 from qpass.units import is_weighted
 
@@ -46,7 +47,7 @@ NORMS: Final = {
     "LayerNormalization": -1,
     "RMSNormalization": -1,
 }
-MOST_TENSORS: Final = 256  # a region this large is a residual stream, not a site
+MOST_TENSORS: Final = 4096  # the residual streams of large models have hundreds
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class Spread(Field):
     readers: dict[int, tuple[LinearReader, Labels, int]] = field(default_factory=dict)
     products: dict[int, tuple[Node, bool, Labels, int]] = field(default_factory=dict)
     givers: list[Node] = field(default_factory=list)
-    plain: bool = True  # only movers were passed: a shift commutes as well
+    streams: bool = False  # activations are added up on the way
 
     def start(self, tensor: Tensor, labels: Labels) -> None:
         """Follow the division of `tensor` by s[labels] as far as it goes."""
@@ -99,7 +100,6 @@ class Spread(Field):
                 if not self._known_part(node, tensor, labels, power):
                     self.give(node, index, part, power)
         elif node.op in HOMOGENEOUS | POOLS and not self._pools(node, labels):
-            self.plain = False
             self.label(node.inputs[0], labels, power)
         elif node.op in NORMS:
             self._norm(node, labels, power)
@@ -175,7 +175,7 @@ class Spread(Field):
     def _sum(self, node: Node, labels: Labels, power: int) -> None:
         left, right = node.inputs
         if isinstance(left, Constant) == isinstance(right, Constant):
-            self.fix(labels, f"residual edge: {node.name} adds two activations")
+            self._residual(node, labels, power)
             return
         constant, data = (0, 1) if isinstance(left, Constant) else (1, 0)
         if node.inputs[data].shape is None or len(node.inputs[data].shape) != labels.ndim:
@@ -184,9 +184,22 @@ class Spread(Field):
         self.take(node, constant, labels, power)
         self.label(node.inputs[data], labels, power)
 
+    def _residual(self, node: Node, labels: Labels, power: int) -> None:
+        """Two activations are added: both are scaled alike, and so is the whole residual stream."""
+        for tensor in node.inputs:
+            shape = tensor.shape
+            if shape is None or len(shape) != labels.ndim:
+                self.fix(labels, f"{node.name} adds activations of different ranks")
+                return
+            if any(shape[axis] != labels.shape[axis] for axis in varying(labels)):
+                self.fix(labels, f"{node.name} broadcasts channels")
+                return
+        self.streams = True
+        for tensor in node.inputs:
+            self.label(tensor, labels, power)
+
     def _scaled(self, node: Node, labels: Labels, power: int) -> None:
         """Mul and Div: a constant factor takes the scale, else the factor that can."""
-        self.plain = False
         if any(id(tensor) in self.fields for tensor in node.inputs):
             return  # the scale came from that factor
         for index in (0, 1):
@@ -235,14 +248,13 @@ class Spread(Field):
             for out, part in moved:
                 self.label(out, part, power)
         elif node.op in HOMOGENEOUS | POOLS and not self._pools(node, labels):
-            self.plain = False
             self.label(node.outputs[0], labels, power)
         elif node.op in LINEAR_OPS and is_weighted(node) and index == 0:
             self._read(node, labels, power)
         elif node.op == "MatMul":
             self._operand(node, index, labels, power)
         elif node.op in ("Add", "Sub"):
-            self._summand(node, index, labels, power)
+            self._summand(node, labels, power)
         elif node.op in ("Mul", "Div") and not (node.op == "Div" and index == 1):
             self._factor(node, index, labels, power)
         else:
@@ -270,7 +282,6 @@ class Spread(Field):
             return
         inner, outer = (rank - 1, rank - 2) if index == 0 else (rank - 2, rank - 1)
         if inner in varying(labels) and outer not in varying(labels):  # both sides of Q K^T
-            self.plain = False
             mirrored = labels.swapaxes(-1, -2)
             right = labels if index == 1 else mirrored
             self.products[id(node)] = (node, True, right, power if index == 1 else -power)
@@ -281,19 +292,15 @@ class Spread(Field):
         else:
             self.fix(labels, f"the rows of the product {node.name} are scaled")
 
-    def _summand(self, node: Node, index: int, labels: Labels, power: int) -> None:
-        if isinstance(node.inputs[1 - index], Constant):
-            out = node.outputs[0]
-            if out.shape is not None and len(out.shape) == labels.ndim:
-                self.label(out, labels, power)  # the constant follows when `out` is visited
-                return
-        elif id(node.outputs[0]) in self.fields:
+    def _summand(self, node: Node, labels: Labels, power: int) -> None:
+        out = node.outputs[0]
+        if out.shape is None or len(out.shape) != labels.ndim:
+            self.fix(labels, f"{node.name} broadcasts it")
             return
-        self.fix(labels, f"residual edge: {node.name} adds two activations")
+        self.label(out, labels, power)  # the other summand follows when `out` is visited
 
     def _factor(self, node: Node, index: int, labels: Labels, power: int) -> None:
         out = node.outputs[0]
-        self.plain = False
         square = node.inputs[0] is node.inputs[-1]
         if square or out.shape is None or len(out.shape) != labels.ndim:
             self.fix(labels, f"{node.op} {node.name} reads it")
@@ -330,6 +337,7 @@ class Spread(Field):
         )
         if not (readers or products) or not slots:
             return self.reason or "nothing takes its scale up"
+        whole = len(free) == len(self.parents) - 1
         return Site(
             tensor=origin.name,
             kind=self._kind(products),
@@ -340,35 +348,14 @@ class Spread(Field):
             tensors=frozenset(
                 t.name for t, labels, _ in self.fields.values() if table[labels].any()
             ),
-            shift=self._shift(readers, products, slots, len(free) == len(self.parents) - 1),
+            shift=find_shift(self.graph, readers, products, slots) if whole else None,
         )
 
     def _kind(self, products: Sequence[Product]) -> Kind:
         if products:
             return "logits" if any(p.both for p in products) else "value"
+        if self.streams:
+            return "stream"
         if any(node.op in NORMS for node in self.givers):
             return "norm"
         return "linear" if any(node.op in LINEAR_OPS for node in self.givers) else "constant"
-
-    def _shift(
-        self,
-        readers: Sequence[Reader],
-        products: Sequence[Product],
-        slots: Sequence[Slot],
-        whole: bool,
-    ) -> Slot | None:
-        """Return the bias that an offset can go to: behind it are linear ops only."""
-        if not (self.plain and whole and len(self.givers) == 1):
-            return None
-        giver = self.givers[0]
-        if giver.op in LINEAR_OPS:
-            if len(products) != 1 or not rows_sum_to_one(self.graph, products[0].node):
-                return None
-        elif giver.op != "LayerNormalization" or products:
-            return None
-        added = [s for s in slots if s.node is not giver or s.index == 2]
-        sums = all(s.node is giver or s.node.op in ("Add", "Sub") for s in added)
-        if len(added) != 1 or not sums or (added[0].node.op == "Sub" and added[0].index == 1):
-            return None
-        able = all(not r.linear.obstacle and has_bias(self.graph, r.linear) for r in readers)
-        return added[0] if able and readers else None

@@ -179,6 +179,57 @@ EXACT_CASES = {
         "norm",
         {"LayerNormalization"},
     ),
+    "residual stream": (
+        "t = MatMul (x, v)  e = Add (t, p)  [fc] a = MatMul (e, w1)  ab = Add (a, b1)"
+        "  r = Relu (ab)  d = MatMul (r, w2)  e2 = Add (e, d)  f = MatMul (e2, w3)"
+        "  fb = Add (f, b3)  g = Gelu (fb)  h = MatMul (g, w4)  e3 = Sub (e2, h)"
+        "  k = MatMul (e3, w)  y = Add (k, c)",
+        LINEAR,
+        {
+            "v": (8, 6),
+            "p": (1, 5, 6),
+            "w1": (6, 7),
+            "b1": (7,),
+            "w2": (7, 6),
+            "w3": (6, 9),
+            "b3": (9,),
+            "w4": (9, 6),
+            "w": (6, 4),
+            "c": (4,),
+        },
+        "stream",
+        {"MatMul", "Add"},
+    ),
+    "residual stream, averaged": (
+        "m0 = MatMul (x, v)  size = Shape <end = 1> (x)  to = Concat <axis = 0> (size, one)"
+        "  first = Expand (token, to)  t = Concat <axis = 1> (first, m0)"
+        "  e = Add (t, p)  [fc] a = MatMul (e, w1)  ab = Add (a, b1)"
+        "  r = Relu (ab)  d = MatMul (r, w2)  e2 = Add (e, d)"
+        "  m = ReduceMean <keepdims = 0> (e2, places)  y = Gemm (m, w, c)",
+        "(float[2,5,8] x) => (float[2,4] y)",
+        {
+            "v": (8, 6),
+            "token": (1, 1, 6),
+            "one": np.array([1, 6]),
+            "p": (6, 6),
+            "w1": (6, 7),
+            "b1": (7,),
+            "w2": (7, 6),
+            "places": np.array([1]),
+            "w": (6, 4),
+            "c": (4,),
+        },
+        "stream",
+        {"MatMul", "Expand", "Add"},
+    ),
+    "residual stream of images": (
+        "a = Conv (x, v, b)  r = Relu (a)  [fc] d = Conv <pads = [1,1,1,1]> (r, w1)"
+        "  e = Add (r, d)  s = Relu (e)  y = Conv (s, w)",
+        IMAGE,
+        {"v": (6, 3, 3, 3), "b": (6,), "w1": (6, 6, 3, 3), "w": (4, 6, 1, 1)},
+        "stream",
+        {"Conv"},
+    ),
     "a slice of the channels": (
         "n = LayerNormalization (x, g, b)  p, q = Split <axis = 2, num_outputs = 2> (n)"
         "  t = Tanh (q)  [fc] a = MatMul (p, w)  y = Add (a, t)",
@@ -187,6 +238,14 @@ EXACT_CASES = {
         "norm",
         {"LayerNormalization"},
     ),
+}
+# Cases with a constant that an offset can go to; in all others something does not pass it on, or
+# a MatMul behind has no bias to make up for it.
+SHIFTED = {
+    "layer norm with a shift",
+    "batch norm behind an activation",
+    "residual stream",
+    "residual stream, averaged",
 }
 ATTENTION = (
     "q = MatMul (x, wq)  k = MatMul (x, wk)  v = MatMul (x, wv)"
@@ -207,7 +266,7 @@ def test_the_float_function_stays(name):
     site = found.get("fc") or found["q"]
     assert site.kind == kind
     assert {slot.node.op for slot in site.slots} == takers
-    assert (site.shift is not None) == (name == "layer norm with a shift")
+    assert (site.shift is not None) == (name in SHIFTED)
     nodes = len(after.nodes)
     assert apply_scales(after, site, random_scales(site)) == ""
     assert len(after.nodes) == nodes
@@ -316,10 +375,25 @@ def test_a_mul_is_bought_where_the_rank_of_the_tensor_is_unknown():
 REFUSALS = {
     "non-linear in front": ("t = Gelu (x)  [fc] y = MatMul (t, w)", "Gelu in front"),
     "input of the model": ("[fc] y = MatMul (x, w)", "is an input of the model"),
-    "residual edge": (
+    "a norm reads the stream": (
         "n = LayerNormalization (x, g, b)  a = MatMul (n, v)  r = Add (n, a)"
+        "  [fc] h = MatMul (r, w)  m = LayerNormalization (r, g, b)  t = MatMul (m, w)"
+        "  y = Add (h, t)",
+        "LayerNormalization",
+    ),
+    "the stream is an input of the model": (
+        "n = MatMul (x, v)  r = Add (n, x)  [fc] y = MatMul (r, w)",
+        "is an input of the model",
+    ),
+    "one number expanded to all channels": (
+        "n = MatMul (x, v)  m = ReduceMax <keepdims = 1> (x, last)  k = Expand (m, wide)"
+        "  r = Add (n, k)  [fc] y = MatMul (r, w)",
+        "Expand",
+    ),
+    "a sum broadcasts channels": (
+        "n = MatMul (x, v)  m = ReduceMax <keepdims = 1> (x, last)  r = Add (n, m)"
         "  [fc] y = MatMul (r, w)",
-        "residual edge",
+        "broadcasts channels",
     ),
     "another reader": (
         "n = LayerNormalization (x, g, b)  [fc] h = MatMul (n, w)  s = Softmax (n)"
@@ -353,6 +427,8 @@ def test_it_refuses_with_a_reason(name):
                 "g2": (5, 8),
                 "low": np.array(0, np.float32),
                 "high": np.array(6, np.float32),
+                "last": np.array([2]),
+                "wide": np.array([2, 5, 8]),
             }.items()
             if f"{key})" in body or f" {key}," in body
         },
@@ -384,3 +460,38 @@ def test_numbers_that_overflow_are_refused_and_nothing_changes():
     scales = Scales(method="x", scale=np.full(site.groups + 1, 1e39), shift=np.zeros(9))
     assert "not finite" in apply_scales(graph, site, scales)
     assert graph.fingerprint() == before
+
+
+def test_a_residual_stream_is_one_site():
+    """All its readers share one set of scales, whichever of them is looked at first."""
+    body, signature, constants, *_ = EXACT_CASES["residual stream"]
+    sites, _ = places(graph_of(body, signature, **constants))
+    streams = [site for site in sites if site.kind == "stream"]
+    assert [len(site.readers) for site in streams] == [3]
+
+
+SHIFTLESS = {
+    "offset of one summand only": (
+        "t = MatMul (x, v)  e = Add (t, p)  [fc] a = MatMul (t, w)  q = Add (a, c)"
+        "  z = Add (t, e)  k = MatMul (z, w)  l = Add (k, c)  y = Add (q, l)"
+    ),
+    "offset of both summands": (
+        "t = MatMul (x, v)  e = Add (t, p)  z = Add (e, e)  [fc] k = MatMul (z, w)  y = Add (k, c)"
+    ),
+    "an activation on the way": (
+        "t = MatMul (x, v)  e = Add (t, p)  z = Relu (e)  [fc] k = MatMul (z, w)  y = Add (k, c)"
+    ),
+    "a reader without a bias": (
+        "t = MatMul (x, v)  e = Add (t, p)  z = Add (t, e)  [fc] y = MatMul (z, w)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTLESS)
+def test_no_offset_where_it_does_not_arrive_once_at_every_reader(name):
+    constants = {"v": (8, 6), "p": (6,), "w": (6, 4)}
+    if " c)" in SHIFTLESS[name]:
+        constants["c"] = (4,)
+    graph = graph_of(SHIFTLESS[name], LINEAR, **constants)
+    (site,) = places(graph)[0]
+    assert site.shift is None
