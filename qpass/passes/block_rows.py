@@ -145,5 +145,5 @@ def to_rows(array: Array, axis: int, strides: tuple[int, ...]) -> Array:
     if axis != 1:
         return array.reshape(-1, array.shape[-1])
     array = array[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
-    array = thinned(array)
+    array = thinned(array, axis=1)
     return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])

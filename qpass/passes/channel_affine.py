@@ -56,10 +56,11 @@ class ChannelAffine:
 class PairMoments:
     """First and second moments of pairs (a, t), float64, one entry per channel.
 
-    ``m_aa = sum (a - mean_a)^2``, ``m_at`` and ``m_tt`` likewise: sums, not means.
+    ``m_aa = sum (a - mean_a)^2``, ``m_at`` and ``m_tt`` likewise: sums, not means. Where pairs have
+    weights all sums have them, and `count` is the sum of the weights.
     """
 
-    count: int
+    count: float
     mean_a: Array
     mean_t: Array
     m_aa: Array
@@ -73,13 +74,15 @@ class PairMoments:
         return cls(count=0, mean_a=zeros, mean_t=zeros, m_aa=zeros, m_at=zeros, m_tt=zeros)
 
     @classmethod
-    def of(cls, a: Array, t: Array, *, axis: int) -> PairMoments:
+    def of(cls, a: Array, t: Array, *, axis: int, weights: Array | None = None) -> PairMoments:
         """Measure one batch.
 
         Args:
             a: what the correction will be applied to, any shape, float.
             t: what it should become, the same shape.
             axis: the axis of the channels.
+            weights: of all places, the shape of `a` without its last axis, which then has to be
+                that of the channels; None: all count the same.
 
         Raises:
             InternalError: the shapes differ.
@@ -91,17 +94,18 @@ class PairMoments:
         inner = int(np.prod(a.shape[axis + 1 :], dtype=np.int64))
         shape = (-1, channels, inner)
         total = cls.empty(channels)
-        for left, right in _chunks(a.reshape(shape), t.reshape(shape)):
-            total = total.merge(cls._of_chunk(left, right))
+        for left, right, some in _chunks(a.reshape(shape), t.reshape(shape), weights):
+            counts = None if some is None else some[None]
+            total = total.merge(cls._of_each(left[None], right[None], counts)[0])
         return total
 
     @classmethod
-    def _of_chunk(cls, a: Array, t: Array) -> PairMoments:
-        return cls._of_each(a[None], t[None])[0]
-
-    @classmethod
-    def of_groups(cls, a: Array, t: Array, *, axis: int, most: int) -> list[PairMoments]:
+    def of_groups(
+        cls, a: Array, t: Array, *, axis: int, most: int, weights: Array | None = None
+    ) -> list[PairMoments]:
         """Measure one batch as groups of samples: at most `most`, cut along the first axis.
+
+        The arguments are those of `of`.
 
         Raises:
             InternalError: the shapes differ.
@@ -114,20 +118,25 @@ class PairMoments:
         parts = max(1, min(most, len(a)))
         if len(a) % parts or not 0 < a.size <= GROUPED:
             pairs = zip(np.array_split(a, parts), np.array_split(t, parts), strict=True)
-            return [cls.of(*pair, axis=axis) for pair in pairs]
+            some = [None] * parts if weights is None else np.array_split(weights, parts)
+            return [
+                cls.of(*pair, axis=axis, weights=own) for pair, own in zip(pairs, some, strict=True)
+            ]
         inner = int(np.prod(a.shape[axis + 1 :], dtype=np.int64))
         shape = (parts, -1, a.shape[axis], inner)
-        return cls._of_each(a.reshape(shape), t.reshape(shape))
+        counts = None if weights is None else weights.reshape(parts, -1)
+        return cls._of_each(a.reshape(shape), t.reshape(shape), counts)
 
     @classmethod
-    def _of_each(cls, a: Array, t: Array) -> list[PairMoments]:
-        """Measure arrays [groups, rows, channels, inner].
+    def _of_each(cls, a: Array, t: Array, weights: Array | None) -> list[PairMoments]:
+        """Measure arrays [groups, rows, channels, inner]; weights are [groups, rows], inner is 1.
 
         Products with ones add up: many times faster than sums along an axis or ``einsum``.
         """
         groups, rows, channels, inner = a.shape
         count = rows * inner
-        ones = np.ones(count)
+        counts = np.full(groups, count) if weights is None else weights.sum(axis=1)
+        ones = np.ones(count) if weights is None else weights[:, None, :]
         if inner == 1:  # channels stay the last axis, as they lie
             center, spread = (groups, 1, channels), (groups, rows, channels)
             a, t = (x.reshape(spread).astype(np.float64) for x in (a, t))
@@ -140,18 +149,18 @@ class PairMoments:
 
         def summed(x: Array) -> Array:
             total: Array = ones @ x if inner == 1 else x @ ones
-            return total
+            return total if weights is None else total[:, 0]
 
         with np.errstate(invalid="ignore"):  # infinities of both signs
-            mean_a, mean_t = (summed(x) / count for x in (a, t))
+            mean_a, mean_t = (summed(x) / counts[:, None] for x in (a, t))
         # NaN goes through all that follows without a word, and `finite` tells.
         mean_a, mean_t = (np.where(np.isfinite(m), m, np.nan) for m in (mean_a, mean_t))
         a -= mean_a.reshape(center)
         t -= mean_t.reshape(center)
         sums = (mean_a, mean_t, summed(a * a), summed(a * t), summed(t * t))
         return [
-            cls(count=count, mean_a=ma, mean_t=mt, m_aa=aa, m_at=cross, m_tt=tt)
-            for ma, mt, aa, cross, tt in zip(*sums, strict=True)
+            cls(count=total, mean_a=ma, mean_t=mt, m_aa=aa, m_at=cross, m_tt=tt)
+            for total, ma, mt, aa, cross, tt in zip(counts.tolist(), *sums, strict=True)
         ]
 
     def merge(self, other: PairMoments) -> PairMoments:
@@ -337,7 +346,7 @@ def merge_all(groups: Sequence[PairMoments]) -> PairMoments:
     return groups[0] if len(groups) == 1 else Groups(groups).whole
 
 
-def _error(sums: PairMoments | Groups, count: Array | int, affine: ChannelAffine) -> Array:
+def _error(sums: PairMoments | Groups, count: Array | float, affine: ChannelAffine) -> Array:
     gain = affine.gain
     spread = gain * gain * sums.m_aa - 2.0 * gain * sums.m_at + sums.m_tt
     bias = gain * sums.mean_a + affine.offset - sums.mean_t
@@ -345,19 +354,23 @@ def _error(sums: PairMoments | Groups, count: Array | int, affine: ChannelAffine
     return error
 
 
-def _chunks(a: Array, t: Array) -> Iterator[tuple[Array, Array]]:
+def _chunks(
+    a: Array, t: Array, weights: Array | None
+) -> Iterator[tuple[Array, Array, Array | None]]:
     """Cut two [rows, channels, inner] arrays into pieces of about `CHUNK` elements.
 
     All pieces hold every channel: a piece of the channels would need a merge of its own.
     """
     rows, channels, inner = a.shape
-    if channels * inner > CHUNK:
+    if channels * inner > CHUNK and weights is None:
         width = max(1, CHUNK // channels)
         for row in range(rows):
             for start in range(0, inner, width):
                 part = (slice(row, row + 1), slice(None), slice(start, start + width))
-                yield a[part], t[part]
+                yield a[part], t[part], None
         return
+    flat = None if weights is None else weights.ravel()
     height = max(1, CHUNK // max(channels * inner, 1))
     for row in range(0, rows, height):
-        yield a[row : row + height], t[row : row + height]
+        piece = slice(row, row + height)
+        yield a[piece], t[piece], None if flat is None else flat[piece]

@@ -45,6 +45,7 @@ from qpass.passes.model_gate import Verdict, judge
 from qpass.passes.output_range import Stretch, output_range, solve_stretch, stretch_range
 from qpass.passes.refit import joined, refit
 from qpass.passes.residual import skip_of
+from qpass.passes.row_weights import find_normed_sum
 from qpass.passes.runtime_affine import RuntimeChange
 from qpass.passes.scale_matters import scale_matters
 from qpass.passes.unit_moments import measure
@@ -262,6 +263,7 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
             step,
             site,
             skip,
+            normed_sum=None if skip is None else find_normed_sum(stream.reference, original),
             local=options.target == "local",
             first_held=options.first_held,
         )

@@ -177,7 +177,8 @@ def _hoped_db(step: Step, site: InputSite, first_held: int, ridge: float) -> flo
     fit: list[PairMoments] = []
     samples = 0
     for ((floating, got),) in step.look([pair], batches):
-        fit += PairMoments.of_groups(thinned(got), thinned(floating), axis=axis, most=GROUPS)
+        pairs = (thinned(array, axis=axis) for array in (got, floating))
+        fit += PairMoments.of_groups(*pairs, axis=axis, most=GROUPS)
         samples += len(got)
         if samples >= SCREENED:
             break

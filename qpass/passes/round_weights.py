@@ -42,6 +42,7 @@ from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.passes.rounding.refit import HeldRows, choose_refit
 from qpass.passes.rounding.unit import sweep_back
+from qpass.passes.row_weights import Weights
 from qpass.program import Progress
 from qpass.qparams import QParams
 from qpass.report.model import PassReport, Refusal
@@ -303,34 +304,47 @@ def _measure(
     """Run the unit up to the layer; sum up its rows and keep those that are held out."""
     layout, batches = layer.layout, len(stream.batches)
     sums = InputSums(layout=layout, centered=layer.site.offset)
-    held: list[tuple[Array, Array]] = []
+    held: list[tuple[Array, Array, Array]] = []
     fit_rows = -(-max(LEAST_ROWS, rows_per_input * layout.inputs) // walk.first_held)
     held_rows = HELD_ROWS // (batches - walk.first_held)
-    for batch, (inputs, wanted) in enumerate(_pairs(step, layer, walk)):
+    for batch, (inputs, wanted, weights) in enumerate(_pairs(step, layer, walk)):
         rows = layout.positions(wanted)
         if batch < walk.first_held:
-            sums.update(inputs, wanted, _pick(rows, fit_rows, walk.random))
+            sums.update(inputs, wanted, _pick(rows, fit_rows, walk.random), weights)
         else:
             picked = _pick(rows, held_rows, walk.random)
-            held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked)))
+            counts = np.ones(len(picked)) if weights is None else weights[picked]
+            held.append(
+                (layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts)
+            )
     return sums, HeldRows(
-        inputs=np.concatenate([x for x, _ in held], axis=1),
-        wanted=np.concatenate([t for _, t in held], axis=1),
+        inputs=np.concatenate([x for x, _, _ in held], axis=1),
+        wanted=np.concatenate([t for _, t, _ in held], axis=1),
+        weights=np.concatenate([w for _, _, w in held]),
     )
 
 
-def _pairs(step: Step, layer: Layer, walk: _Walk) -> Iterator[tuple[Array, Array]]:
-    """Yield for each batch the quantized input of a layer and what the product should give."""
-    # Only units aim at residual sums; the methods that it is compared with know nothing of them.
-    skip = layer.skip if walk.method in UNITWISE else None
+def _pairs(step: Step, layer: Layer, walk: _Walk) -> Iterator[tuple[Array, Array, Array | None]]:
+    """Yield for each batch the quantized input of a layer, what the product should give, weights.
+
+    Only units aim at residual sums; the methods that they are compared with know nothing of them.
+    But by what a norm divides such a sum is how much the rows of any layer count.
+    """
+    aims = walk.method in UNITWISE
+    weighted = None if layer.normed_sum is None else Weights(layer.normed_sum)
     output, source = layer.original.outputs[0].name, layer.node.inputs[0].name
-    pairs = [Pair(float_name=output, quantized_name=source), *([skip] if skip else [])]
+    pairs = [Pair(float_name=output, quantized_name=source)]
+    if layer.skip is not None and (aims or weighted is not None):
+        pairs.append(layer.skip)
     bias = layer.layout.along_channels(layer.bias().astype(np.float32))
     for (wanted, inputs), *others in step.look(pairs):
-        aim = wanted - bias
+        aim, weights = wanted - bias, None
         for floating, quantized in others:
-            aim = aim + (floating - quantized)
-        yield inputs, aim
+            if weighted is not None:
+                weights = weighted.of(wanted, floating).ravel()
+            if aims:
+                aim = aim + (floating - quantized)
+        yield inputs, aim, weights
 
 
 def _pick(rows: int, quota: int, random: np.random.Generator) -> Array:

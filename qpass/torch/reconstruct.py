@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from qpass.graph import Node
+from qpass.torch.batch import Batch, joined, part_of
 from qpass.torch.executor import Executor, UnsupportedOpError
 from qpass.torch.soft_rounding import SoftRounding, beta_at, penalty
 from qpass.torch.threads import limited_threads
@@ -106,15 +107,6 @@ class UnitProblem:
     targets: Sequence[tuple[str, ...]]
     seen: tuple[Array, ...]
     stackable: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One batch: what the unit reads, in both graphs, and what each target should be."""
-
-    quantized: Feeds
-    floating: Feeds
-    wanted: tuple[Array, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,9 +301,10 @@ class _SoftUnit:
             self._executor.run(given, self._outputs, added=added, mix=mix if drop else None)
         )
         errors = []
-        for target, wanted in zip(self._problem.targets, batch.wanted, strict=True):
-            got = sum(next(results) for _ in target)
-            errors.append((got - self._executor.tensor(wanted)).square().mean())
+        for target, *pair in zip(self._problem.targets, batch.wanted, batch.counts, strict=True):
+            wanted, counts = map(self._executor.tensor, pair)
+            rest = sum(next(results) for _ in target) - wanted
+            errors.append((rest.square() * counts).mean())
         return errors
 
     def _mask(self, shape: torch.Size, drop: float) -> torch.Tensor:
@@ -364,36 +357,10 @@ class _SoftUnit:
         if not self._problem.stackable:
             return picked
         if count > 1:
-            return [_joined(picked)]
+            return [joined(picked)]
         samples = len(picked[0].wanted[0])
         share = max(1, round(samples * self._settings.rows / self._rows))
         if share >= samples:
             return picked
         some = torch.randperm(samples, generator=self._random)[:share].numpy()
-        return [_part(picked[0], some)]
-
-
-def _part(batch: Batch, samples: Array) -> Batch:
-    """Return some samples of a batch."""
-    quantized = {name: array[samples] for name, array in batch.quantized.items()}
-    return Batch(
-        quantized=quantized,
-        floating={
-            name: quantized[name] if array is batch.quantized[name] else array[samples]
-            for name, array in batch.floating.items()
-        },
-        wanted=tuple(array[samples] for array in batch.wanted),
-    )
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    def join(feeds: Sequence[Feeds]) -> Feeds:
-        return {name: np.concatenate([one[name] for one in feeds]) for name in feeds[0]}
-
-    quantized = join([batch.quantized for batch in batches])
-    floating = join([batch.floating for batch in batches])
-    for name in quantized:
-        if batches[0].floating[name] is batches[0].quantized[name]:
-            floating = {**floating, name: quantized[name]}
-    wanted = [np.concatenate(parts) for parts in zip(*(b.wanted for b in batches), strict=True)]
-    return Batch(quantized=quantized, floating=floating, wanted=tuple(wanted))
+        return [part_of(picked[0], some)]

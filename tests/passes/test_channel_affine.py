@@ -203,3 +203,22 @@ def test_shapes_must_agree():
     with pytest.raises(InternalError, match="shape"):
         PairMoments.of(np.zeros((2, 3)), np.zeros((3, 2)), axis=1)
     assert merge_all([PairMoments.empty(2)]).count == 0
+
+
+@pytest.mark.parametrize("most", [1, 4, 5])
+@pytest.mark.parametrize("width", [3, 40_000])  # in one go, and in chunks
+def test_a_weight_counts_as_so_many_pairs(most, width):
+    random = np.random.default_rng(7)
+    a, t = (random.standard_normal((4, 2, width)) + 5 for _ in range(2))
+    weights = random.integers(1, 4, (4, 2))
+    got = PairMoments.of_groups(a, t, axis=-1, most=most, weights=weights.astype(np.float64))
+    splits = zip(*(np.array_split(x, len(got)) for x in (a, t, weights)), strict=True)
+    for group, (left, right, counts) in zip(got, splits, strict=True):
+        rows = [np.repeat(x.reshape(-1, width), counts.ravel(), axis=0) for x in (left, right)]
+        want = PairMoments.of(*rows, axis=-1)
+        assert group.count == want.count
+        for name in FIELDS:
+            # Sums of up to 24 products of size 10, which may cancel.
+            np.testing.assert_allclose(
+                getattr(group, name), getattr(want, name), rtol=1e-13, atol=24 * 10 * 2.0**-52
+            )

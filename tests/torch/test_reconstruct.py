@@ -73,6 +73,7 @@ class Unit:
                 quantized={"x": source + np.float32(0.05)},
                 floating={"x": source},
                 wanted=(self.float_output(source).astype(np.float32),),
+                counts=(np.ones((len(source), 1), np.float32),),
             )
             for source in sources
         ]
@@ -176,6 +177,7 @@ def test_a_unit_may_end_in_fewer_outputs_than_its_last_layer_has() -> None:
             quantized={"x": batch.quantized["x"][:1]},
             floating={"x": batch.floating["x"][:1]},
             wanted=(batch.wanted[0][:1],),
+            counts=(batch.counts[0][:1],),
         )
         for batch in unit.batches
     ]

@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from qpass.errors import RecipeError
 from qpass.graph import Graph
 from qpass.passes.rounding.layer import Layer
+from qpass.passes.row_weights import NormedSum
 from qpass.qparams import expand
 from qpass.stream import Pair, Step, Stream
 from qpass.submodel import slice_nodes
 
 if TYPE_CHECKING:
-    from qpass.torch.reconstruct import Batch, SoftLayer
+    from qpass.torch.batch import Batch
+    from qpass.torch.reconstruct import SoftLayer
 
 Array = NDArray[Any]
 # With more levels than these the error of rounding is below that of the activations.
@@ -85,6 +87,7 @@ def reconstruct_unit(
             quantized={name: stream.feeds("quantized", number)[name] for name in inputs},
             floating={name: stream.feeds("float", number)[name] for name in inputs},
             wanted=aims,
+            counts=tuple(end.counts(aim) for end, aim in zip(ends, aims, strict=True)),
         )
         for number, aims in enumerate(wanted)
     ]
@@ -117,10 +120,17 @@ def reconstruct_unit(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _End:
-    """A sum of tensors at the end of a unit, under the names of both graphs."""
+    """A sum of tensors at the end of a unit, under the names of both graphs; a norm may read it."""
 
     quantized: tuple[str, ...]
     floating: tuple[str, ...]
+    normed_sum: NormedSum | None
+
+    def counts(self, total: Array) -> Array:
+        """Return how much the errors of the sum count, float32, to be broadcast over it."""
+        if self.normed_sum is None:
+            return np.ones((*total.shape[:1], *[1] * (total.ndim - 1)), np.float32)
+        return self.normed_sum.of_total(total).astype(np.float32)
 
 
 def _ends(stream: Stream, layers: Sequence[Layer]) -> list[_End]:
@@ -135,6 +145,7 @@ def _ends(stream: Stream, layers: Sequence[Layer]) -> list[_End]:
         end = _End(
             quantized=tuple(pair.quantized_name for pair in pairs),
             floating=tuple(pair.float_name for pair in pairs),
+            normed_sum=layer.normed_sum,
         )
         nodes, _ = slice_nodes(stream.quantized, alive, end.quantized)
         covered |= {id(node) for node in nodes}

@@ -7,7 +7,8 @@ The squared error of a weight matrix ``w`` with the best offset is, for each gro
 
 `x` are the rows of the *quantized* graph's input, `t` those of the wanted output. Where the op can
 take no offset the means are those of nothing: zero. Sums are taken about the mean of each chunk and
-merged with the formula of Chan, Golub and LeVeque (1979); everything is float64.
+merged with the formula of Chan, Golub and LeVeque (1979); everything is float64. Rows may have
+weights (`row_weights`), which enter all sums and means.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class InputSums:
 
     count
         Rows so far.
+    total
+        Of their weights; without weights it is `count`.
     mean_x, mean_t
         [groups, inputs] and [groups, outputs].
     xx, xt, tt
@@ -38,6 +41,7 @@ class InputSums:
     layout: Layout
     centered: bool
     count: int = 0
+    total: float = 0.0
     mean_x: Array = field(init=False)
     mean_t: Array = field(init=False)
     xx: Array = field(init=False)
@@ -51,38 +55,54 @@ class InputSums:
         self.xx = np.zeros((groups, inputs, inputs))
         self.xt, self.tt = np.zeros((groups, inputs, outputs)), np.zeros((groups, outputs))
 
-    def update(self, inputs: Array, wanted: Array, picked: Array) -> None:
-        """Add the `picked` rows of one batch; see `Layout` for the arrays."""
-        for piece in self.layout.chunks(picked):
-            self._add(self.layout.input_rows(inputs, piece), self.layout.output_rows(wanted, piece))
+    def update(
+        self, inputs: Array, wanted: Array, picked: Array, weights: Array | None = None
+    ) -> None:
+        """Add the `picked` rows of one batch; see `Layout` for the arrays.
 
-    def _add(self, x: Array, t: Array) -> None:
-        rows = x.shape[1]
+        Args:
+            inputs: of the op in the quantized graph.
+            wanted: its output.
+            picked: numbers of rows.
+            weights: of all rows of the batch, float64; all 1 if None.
+        """
+        for piece in self.layout.chunks(picked):
+            self._add(
+                self.layout.input_rows(inputs, piece),
+                self.layout.output_rows(wanted, piece),
+                np.ones(len(piece)) if weights is None else weights[piece],
+            )
+
+    def _add(self, x: Array, t: Array, weights: Array) -> None:
+        rows, total = x.shape[1], float(weights.sum())
         if self.centered:
-            mean_x, mean_t = x.mean(axis=1), t.mean(axis=1)
+            mean_x, mean_t = (np.einsum("n,gni->gi", weights, v) / total for v in (x, t))
             x -= mean_x[:, None]
             t -= mean_t[:, None]
+        root = np.sqrt(weights)[None, :, None]
+        x *= root
+        t *= root
         for group in range(len(x)):  # one by one: numpy uses the symmetry of x^T x only in 2-D
             self.xx[group] += x[group].T @ x[group]
             self.xt[group] += x[group].T @ t[group]
         self.tt += np.einsum("gno,gno->go", t, t)
-        count = self.count + rows
         if self.centered:
-            share = rows / count
+            share = total / (self.total + total)
             dx, dt = mean_x - self.mean_x, mean_t - self.mean_t
-            between = self.count * share
+            between = self.total * share
             if between:
                 self.xx += between * dx[:, :, None] * dx[:, None, :]
                 self.xt += between * dx[:, :, None] * dt[:, None, :]
                 self.tt += between * dt * dt
             self.mean_x += share * dx
             self.mean_t += share * dt
-        self.count = count
+        self.count += rows
+        self.total += total
 
     def error(self, weight: Array) -> Array:
         """Return the mean squared error of each output with weights [groups, inputs, outputs]."""
         product = np.einsum("gio,gio->go", weight, self.xx @ weight - 2.0 * self.xt)
-        error: Array = np.maximum(product + self.tt, 0.0) / max(self.count, 1)
+        error: Array = np.maximum(product + self.tt, 0.0) / (self.total or 1.0)
         return error
 
     def offset(self, weight: Array) -> Array:

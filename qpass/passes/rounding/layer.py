@@ -15,6 +15,7 @@ from qpass.passes.fold_affine import Site, Slot, find_site, fold
 from qpass.passes.residual import skip_of
 from qpass.passes.rounding.grid import Grid, grid_of
 from qpass.passes.rounding.layout import Layout, layout_of
+from qpass.passes.row_weights import NormedSum, find_normed_sum
 from qpass.qparams import QParams
 from qpass.stream import Pair
 
@@ -29,6 +30,8 @@ class Layer:
         It in the float and in the quantized graph.
     skip
         The other operand of the residual sum behind it, if it is known by then.
+    normed_sum
+        That sum, if a norm reads it.
     offsets
         What `write_offset` has added to the bias so far, float64.
     wanted
@@ -42,6 +45,7 @@ class Layer:
     numbers: QParams
     stored: Slot
     skip: Pair | None = None
+    normed_sum: NormedSum | None = None
     offsets: list[Array] = field(default_factory=list)
     wanted: Array | None = None
 
@@ -107,6 +111,8 @@ def find_layers(
             refused[original.name] = found
         else:
             found.skip = skip_of(reference, nodes, places, original)
+            if found.skip is not None:
+                found.normed_sum = find_normed_sum(reference, original)
             layers[original.name] = found
     return layers, refused
 

@@ -28,10 +28,14 @@ RIDGES: Final = (1.0, 0.1, 0.01)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldRows:
-    """Rows that nothing is fitted to, float64 [groups, rows, inputs] and [.., rows, outputs]."""
+    """Rows that nothing is fitted to, float64 [groups, rows, inputs] and [.., rows, outputs].
+
+    `weights` are those of the rows, float64 [rows].
+    """
 
     inputs: Array
     wanted: Array
+    weights: Array
 
     def error(self, weight: Array, sums: InputSums) -> Array:
         """Return the mean squared error of each output, [groups, outputs], with its best offset.
@@ -41,7 +45,8 @@ class HeldRows:
         rest = self.wanted - self.inputs @ weight
         if sums.centered:
             rest -= sums.offset(weight)[:, None]
-        error: Array = np.square(rest).mean(axis=1)
+        share = self.weights / self.weights.sum()
+        error: Array = np.einsum("n,gno->go", share, np.square(rest))
         return error
 
 

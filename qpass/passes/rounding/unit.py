@@ -20,6 +20,7 @@ from qpass.live_tensors import Side
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer
 from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
+from qpass.passes.row_weights import Weights
 from qpass.stream import Stream
 from qpass.submodel import Submodel
 
@@ -32,12 +33,21 @@ STEP: Final = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """One batch: inputs and output of the layer, input of the last one, and what that one lacks."""
+    """One batch: inputs and output of the layer, input of the last one, and what that one lacks.
+
+    `rest` is wanted minus got, [groups, rows, outputs], `weights` says how much its rows count.
+    """
 
     source: Array
     output: Array
     last_input: Array
-    rest: Array  # wanted minus got, [groups, rows, outputs]
+    rest: Array
+    weights: Array
+
+    def weighted(self, rows: Array) -> Array:
+        """Return rows whose squares are to be added up."""
+        weighted: Array = rows * np.sqrt(self.weights)[:, None]
+        return weighted
 
 
 def sweep_back(
@@ -65,7 +75,7 @@ def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
     if not fit or not held:
         return "one sample has too many positions"
     weight, grid = last.grid().values(last.integers()), layer.grid()
-    mean = _mean([seen.rest for seen in fit]) if centered else 0.0
+    mean = _mean(fit, [seen.rest for seen in fit]) if centered else 0.0
     rest = [seen.rest - mean for seen in fit]
     sums, energy = _slopes(stream, layer, last, fit, rest, weight)
     old = layer.integers()
@@ -75,10 +85,12 @@ def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
     layer.write(graph, new)
     change = _changes(stream, last, fit, 0)
     held_change = _changes(stream, last, held, first_held)
-    mean_change = _mean(change) if centered else 0.0
+    mean_change = _mean(fit, change) if centered else 0.0
     accepted, _ = accept(
-        np.concatenate(rest, axis=1),
-        np.concatenate(change, axis=1) - mean_change,
+        np.concatenate([s.weighted(r) for s, r in zip(fit, rest, strict=True)], axis=1),
+        np.concatenate(
+            [s.weighted(c - mean_change) for s, c in zip(fit, change, strict=True)], axis=1
+        ),
         weight,
         last.layout,
     )
@@ -87,8 +99,9 @@ def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
     before = after = 0.0
     for seen, moved in zip(held, held_change, strict=True):
         missing = seen.rest - mean
-        before += float(np.square(missing).sum())
-        after += float(np.square(missing - (moved * kept) @ weight + shift).sum())
+        left = missing - (moved * kept) @ weight + shift
+        before += float(np.square(seen.weighted(missing)).sum())
+        after += float(np.square(seen.weighted(left)).sum())
     if not after < before:
         layer.write(graph, old)
         return "no gain at the end of the unit on held-out rows"
@@ -113,11 +126,15 @@ def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Se
     floating = _Side(stream, "float", stream.reference, wanted_names)
     quantized = _Side(stream, "quantized", stream.quantized, names)
     found: list[_Seen] = []
+    weighted = None if skip is None or last.normed_sum is None else Weights(last.normed_sum)
     room = ELEMENTS
     for number in numbers:
         wanted, values = floating.run(number), quantized.run(number)
         aim = wanted[wanted_names[0]]
+        weights: Array | None = None
         if skip is not None:
+            if weighted is not None:
+                weights = weighted.of(aim, wanted[skip.float_name])
             aim = aim + (wanted[skip.float_name] - values[skip.quantized_name])
         samples = len(aim)
         each = last.layout.positions(aim) // samples * last.layout.groups * last.layout.inputs
@@ -133,6 +150,7 @@ def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Se
                 output=values[tap][:taken],
                 last_input=values[target][:taken],
                 rest=last.layout.output_rows(missing, rows),
+                weights=np.ones(rows.size) if weights is None else weights[:taken].ravel(),
             )
         )
     return found
@@ -149,16 +167,18 @@ def _slopes(
     """Return the sums ``x^T x`` and ``x^T g`` of the layer, and the curvature of its outputs."""
     sums = InputSums(layout=layer.layout, centered=False)
     axis = layer.site.axis
-    energy, count = np.zeros(layer.site.channels), 0
+    energy, count = np.zeros(layer.site.channels), 0.0
     between = _Between(stream.reference, layer, last)
     for seen, missing in zip(fit, rest, strict=True):
         slope = between.derivative(seen.output)
         back = last.layout.scatter(missing @ weight.swapaxes(1, 2), seen.last_input.shape)
         rows = np.arange(layer.layout.positions(seen.output))
-        sums.update(seen.source, back * slope, rows)
+        # Without weights the layers may differ in their rows: the strides of a convolution.
+        weights = seen.weights if last.normed_sum is not None else np.ones(rows.size)
+        sums.update(seen.source, back * slope, rows, weights)
         by_channel = np.moveaxis(slope, axis, 0).reshape(len(energy), -1)
-        energy += np.square(by_channel, dtype=np.float64).sum(axis=1)
-        count += rows.size
+        energy += np.square(by_channel, dtype=np.float64) @ weights
+        count += float(weights.sum())
     columns = np.square(weight).sum(axis=2).reshape(len(energy), -1).sum(axis=1)
     curvature = energy / count * columns
     return sums, curvature.reshape(layer.layout.groups, layer.layout.outputs)
@@ -178,10 +198,12 @@ def _changes(stream: Stream, last: Layer, seen: Sequence[_Seen], first: int) -> 
     return found
 
 
-def _mean(parts: Sequence[Array]) -> Array:
-    """Return the mean row of some [groups, rows, n], as [groups, 1, n]."""
-    total = sum(part.sum(axis=1, keepdims=True) for part in parts)
-    mean: Array = total / sum(part.shape[1] for part in parts)
+def _mean(seen: Sequence[_Seen], parts: Sequence[Array]) -> Array:
+    """Return the mean row of some [groups, rows, n] by the weights of the rows: [groups, 1, n]."""
+    total = sum(
+        np.einsum("n,gni->gi", one.weights, part) for one, part in zip(seen, parts, strict=True)
+    )
+    mean: Array = (total / sum(one.weights.sum() for one in seen))[:, None]
     return mean
 
 

@@ -277,10 +277,29 @@ def test_a_refit_that_does_not_hold_on_other_rows_is_not_taken() -> None:
     x, t = random.standard_normal((8, 6)), random.standard_normal((8, 2))  # nothing but noise
     weight = np.zeros((1, 6, 2))
     held = HeldRows(
-        inputs=random.standard_normal((1, 500, 6)), wanted=random.standard_normal((1, 500, 2))
+        inputs=random.standard_normal((1, 500, 6)),
+        wanted=random.standard_normal((1, 500, 2)),
+        weights=np.ones(500),
     )
     sums = sums_of(x, t, centered=False)
     got, ridge = choose_refit(weight, sums, held)
     assert ridge is None
     np.testing.assert_array_equal(got, weight)
     assert (held.error(solve_refit(weight, sums, 0.01), sums) > held.error(weight, sums)).all()
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_weight_counts_as_so_many_rows(centered: bool) -> None:
+    random = np.random.default_rng(3)
+    x, t = random.standard_normal((40, 4)) + 2.0, random.standard_normal((40, 3)) - 1.0
+    counts = random.integers(1, 4, 40)
+    want = sums_of(*(np.repeat(a, counts, axis=0) for a in (x, t)), centered=centered)
+    got = InputSums(layout=want.layout, centered=centered)
+    for picked in np.array_split(np.arange(40), 3):
+        got.update(x, t, picked, counts.astype(np.float64))
+    assert (got.count, got.total) == (40, counts.sum())
+    for name in ("mean_x", "mean_t", "xx", "xt", "tt"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-12, atol=1e-12)
+    weight = random.standard_normal((1, 4, 3))
+    np.testing.assert_allclose(got.error(weight), want.error(weight))
+    np.testing.assert_allclose(got.offset(weight), want.offset(weight))

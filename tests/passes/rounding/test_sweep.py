@@ -92,9 +92,9 @@ def test_the_error_of_the_unit_never_rises(model: Any, monkeypatch: pytest.Monke
     real = module._sweep
 
     def error(stream: Any, layer: Any, last: Any, first_held: int) -> float:
-        rest = [seen.rest for seen in module._look(stream, layer, last, range(first_held))]
-        centered = np.concatenate(rest, axis=1) - module._mean(rest)
-        return float(np.square(centered).sum())
+        seen = module._look(stream, layer, last, range(first_held))
+        mean = module._mean(seen, [one.rest for one in seen])
+        return float(sum(np.square(one.weighted(one.rest - mean)).sum() for one in seen))
 
     def watched(*where: Any) -> str:
         before = error(*where)
