@@ -32,13 +32,13 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({}, ["normalize", "unified-norm", "affine"]),
+        ({}, ["normalize", "unified-norm", "affine", "stream-bias"]),
         ({"unified_norm": "off"}, ["normalize"]),
         ({"unified_norm": "off", "rotate": "heads"}, ["normalize", "rotate-heads"]),
         (
             {"rotate": "all", "rms_norm": True},
-            ["normalize", "unified-norm", "affine", "norm-gain", "rotate-stream", "rms-norm",
-             "rotate-heads"],
+            ["normalize", "unified-norm", "affine", "stream-bias", "norm-gain", "rotate-stream",
+             "rms-norm", "rotate-heads"],
         ),
     ],
     ids=["default", "off", "heads", "everything"],

@@ -1,9 +1,10 @@
 """Everything that `--unified-norm`, `--rotate` and `--rms-norm` do to a normalized float graph.
 
 The order is what each pass needs of the one before: chains of Unified Normalization become one Mul
-and one Add; gains and offsets of channels fold forward; gains of norms fold forward where a basis
-is to change; streams rotate while their norms are still LayerNormalization; then these become
-RMSNormalization; heads are independent of all of it.
+and one Add; gains and offsets of channels fold forward; biases of what writes to a stream without
+norms go to what reads it; gains of norms fold forward where a basis is to change; streams rotate
+while their norms are still LayerNormalization; then these become RMSNormalization; heads are
+independent of all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qpass.passes.norm_gain import fold_norm_gains
 from qpass.passes.normalize import check_normalized
 from qpass.passes.rotation.heads import rotate_heads
 from qpass.passes.rotation.stream import center_streams, rotate_streams
+from qpass.passes.stream_bias import move_stream_biases
 from qpass.passes.unified_norm import recognize_unified_norms
 from qpass.report.model import PassReport
 
@@ -40,7 +42,7 @@ def rewrite_norms(
     """
     steps: list[Callable[[Graph], PassReport]] = []
     if unified:
-        steps += [recognize_unified_norms, fold_channel_affines]
+        steps += [recognize_unified_norms, fold_channel_affines, move_stream_biases]
     if rms or rotate in ("stream", "all"):
         steps.append(fold_norm_gains)
     if rotate in ("stream", "all"):

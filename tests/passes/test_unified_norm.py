@@ -91,7 +91,8 @@ def test_a_call_in_a_file_is_inlined_and_folded(tmp_path: Path) -> None:
     graph = load_model(path, opset=21)
     normalize(graph)
     reports = rewrite_norms(graph)
-    assert [(r.name, r.changed) for r in reports] == [("unified-norm", 1), ("affine", 1)]
+    found = [(r.name, r.changed) for r in reports]
+    assert found == [("unified-norm", 1), ("affine", 1), ("stream-bias", 0)]
     assert [node.op for node in graph.nodes] == ["MatMul", "Add"]
     for engine in oracle.ENGINES:
         assert oracle.relative_error(engine(graph.to_model(), x()), wanted) < TOLERANCE
@@ -208,6 +209,7 @@ def test_no_normalization_is_left_of_a_network(
     assert {r.name: r.changed for r in reports} == {
         "unified-norm": 5 if keep_function else 0,
         "affine": 5,  # one Gemm or MatMul behind each norm
+        "stream-bias": 4,  # of both linear ops in front of the sums of both blocks
     }
     assert not any(r.refusals for r in reports)
     left = [node for node in graph.nodes if node.op in ("Mul", "Div", "Sub", "Sqrt", "Pow")]
