@@ -148,13 +148,26 @@ def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
     with run.stages.stage("trial"):
         trial = try_methods(
             run.graph.to_model(inline=True),
-            lambda method: _build(run, method)[1].to_model(inline=True),
+            lambda method: _draft(run, method).to_model(inline=True),
             samples[:TRIAL_SAMPLES],
             run.target,
             threads=run.options.jobs,
         )
     run.method = trial.method
     run.notes.append(trial.sentence())
+
+
+def _draft(run: Run, method: str) -> Graph:
+    """Build the integer graph with the ranges of a method, its weights at 8 bits if they have less.
+
+    With fewer bits to nearest, as weights are before they have been rounded by their outputs, their
+    errors drown what the ranges of activations do.
+    """
+    assert run.graph is not None
+    policy = run.policy.with_wide_weights()
+    plan = make_plan(run.graph, run.target, policy)
+    table = choose_qtable(run.graph, plan, run.stats, method=method)
+    return build_quantized(run.graph, plan, table, run.target, policy)[0]
 
 
 def quantize(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Final, Literal
 
@@ -72,6 +72,15 @@ class Policy:
     low_bit_edges: bool = False
     block_size: int | None = None
     asymmetric_weights: bool = False
+
+    def with_wide_weights(self) -> Policy:
+        """Return the same with 8-bit weights where they have less and activations are integers."""
+
+        def wide(one: Precision) -> Precision:
+            return one if one.activation is None else replace(one, weight=8)
+
+        node_bits = {name: wide(one) for name, one in self.node_bits.items()}
+        return replace(self, precision=wide(self.precision), node_bits=node_bits)
 
     def own_bits(self, name: str) -> tuple[Precision, str] | None:
         """Return the precision that `node_bits` gives node `name`, with the reason, or None."""

@@ -158,7 +158,8 @@ def test_the_stream_may_not_be_an_output() -> None:
     "body",
     [
         "h = MatMul (x, w)  k = Add (h, b)  r = Relu (k)  o = MatMul (r, out)  y = Add (o, d)",
-        BLOCK.format(bias="p, b", sum="x, q") + "n = LayerNormalization (s, g)  y = MatMul (n, out)",
+        BLOCK.format(bias="p, b", sum="x, q")
+        + "n = LayerNormalization (s, g)  y = MatMul (n, out)",
         "h = MatMul (x, w)  k = Add (h, row)  s = Add (x, k)  o = MatMul (s, out)  y = Add (o, d)",
     ],
 )
