@@ -91,12 +91,16 @@ def test_offsets_can_be_left_to_others_and_written_later() -> None:
     assert bare.fingerprint() == graph.fingerprint()
 
 
-def test_the_model_is_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worse", [
+    Verdict(before_db=20.0, after_db=19.0, gain_db=-1.0, gain_error_db=0.1),
+    Verdict(before_db=20.0, after_db=19.0, gain_db=2.0, gain_error_db=0.1),
+    Verdict(before_db=20.0, after_db=20.5, gain_db=0.5, gain_error_db=0.6),
+])  # fmt: skip
+def test_the_model_is_the_judge(worse: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that are better one by one stay as they were when the model's outputs are not."""
     reference = residual_cnn()
     graph, table, plan = quantized_at(reference, "w4a8")
     before = graph.fingerprint()
-    worse = Verdict(before_db=20.0, after_db=19.0, gain_db=-1.0, gain_error_db=0.1)
     monkeypatch.setattr("qpass.passes.round_weights.judge", lambda *_: worse)
     rounding = round_weights(
         reference, graph, feeds_of(reference, 32), numbers_of(plan, table), method="gptq"
@@ -104,7 +108,20 @@ def test_the_model_is_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph.fingerprint() == before
     assert rounding.report.changed == 0
     (refusal,) = [r for r in rounding.report.refusals if r.where == "model"]
-    assert "20.00 dB -> 19.00 dB" in refusal.reason
+    assert worse.sentence in refusal.reason
+
+
+def test_one_standard_error_is_enough_for_layers_that_have_passed_gates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    better = Verdict(before_db=20.0, after_db=20.5, gain_db=0.5, gain_error_db=0.4)
+    monkeypatch.setattr("qpass.passes.round_weights.judge", lambda *_: better)
+    rounding = round_weights(
+        reference, graph, feeds_of(reference, 32), numbers_of(plan, table), method="gptq"
+    )
+    assert rounding.report.changed > 0
 
 
 def test_activations_in_files_change_nothing() -> None:
