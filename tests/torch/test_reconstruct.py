@@ -103,7 +103,7 @@ class Unit:
     def error(self, batches: list[Batch], integers: list[Array], offset: Array) -> float:
         """The mean squared error, in float64."""
         rests = [self.output(batch, integers, offset) - batch.wanted[0] for batch in batches]
-        return float(np.mean(np.square(rests)))
+        return float(np.mean(np.square(rests) * [batch.counts[0] for batch in batches]))
 
     def output(self, batch: Batch, integers: list[Array], offset: Array) -> Array:
         x = batch.quantized["x"]
@@ -118,8 +118,15 @@ class Unit:
         )
 
 
-def test_errors_equal_a_reference_in_float64() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_errors_equal_a_reference_in_float64(*, weighted: bool) -> None:
     unit = Unit()
+    if weighted:
+        random = np.random.default_rng(8)
+        unit.batches = [
+            replace(batch, counts=(random.uniform(0.1, 4.0, (16, 1)).astype(np.float32),))
+            for batch in unit.batches
+        ]
     found = unit.learn(iterations=20)
     fit, held = unit.batches[:12], unit.batches[12:]
     norm = unit.error(fit, unit.integers, np.zeros(8))
