@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -176,11 +177,11 @@ def _version(package: str | None) -> str:
 
 # -------------------------------------------------------------------------------------- judge
 def _judge(job: Job) -> Result:
-    from qpass.saturation import saturates
+    from qpass.saturation import exact_entries
     from qpass.verify import ErrorMeter, open_engine, read_back
 
     file = Path(job["file"])
-    config = _exact_config(job["engine"], file)
+    config = _session_config(job["engine"], file)
     engine = open_engine(job["engine"], file, threads=0, session_config=config)
     run = _run_outputs(engine, Path(job["model"]))
     samples = _samples(job)
@@ -193,7 +194,7 @@ def _judge(job: Job) -> Result:
         census = read_back(job["engine"], file, Path(folder), session_config=config)
     result: Result = {
         "engine_version": engine.version,
-        "exact_products": bool(config) or not saturates(),
+        "exact_products": exact_entries().items() <= config.items(),
         "sqnr_db": min(meter.sqnr_db for meter in meters),
         "cosine": min(meter.cosine for meter in meters),
         "integer_ops": len(census.integer_compute),
@@ -208,21 +209,25 @@ def _judge(job: Job) -> Result:
     return result
 
 
-def _exact_config(engine: str, file: Path) -> Mapping[str, str]:
-    """Return session entries for exact 8-bit products, where this CPU and the file need them.
-
-    onnxruntime 1.31 refuses some files of peers with them; those are run as they are.
-    """
+def _session_config(engine: str, file: Path) -> Mapping[str, str]:
+    """Return the entries that a file asks for and exact ones, where onnxruntime loads it so."""
     from qpass.saturation import exact_entries
     from qpass.verify import EngineError, open_engine
 
-    if engine != "ort" or not exact_entries():
-        return {}
-    try:
-        open_engine("ort", file, session_config=exact_entries())
-    except EngineError:
-        return {}
-    return exact_entries()
+    recorded = _recorded(engine, file)
+    exact = {**recorded, **(exact_entries() if engine == "ort" else {})}
+    with suppress(EngineError):
+        if exact != recorded:
+            open_engine("ort", file, session_config=exact)
+        return exact
+    return recorded
+
+
+def _recorded(engine: str, file: Path) -> Mapping[str, str]:
+    from qpass.modelfile import read_metadata
+    from qpass.verify.session import recorded_entries
+
+    return recorded_entries(read_metadata(file)) if engine == "ort" else {}
 
 
 def _run_outputs(engine: Any, model: Path) -> Run:
@@ -271,7 +276,8 @@ def _latency(job: Job) -> Result:
     from qpass.verify import measure_interleaved, open_engine
 
     files: list[str] = job["files"]
-    engines = [open_engine(job["engine"], Path(file), threads=1) for file in files]
+    opened = partial(open_engine, job["engine"], threads=1)
+    engines = [opened(Path(f), session_config=_recorded(job["engine"], Path(f))) for f in files]
     feeds: Feeds = next(iter(_samples(job)))
     seconds = float(job["seconds"]) * len(files)
     times = measure_interleaved(engines, feeds, seconds=seconds)
