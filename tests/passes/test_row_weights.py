@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 import qpass
+from qpass.choose import QTable
 from qpass.graph import Graph
 from qpass.passes import compensate as compensation
 from qpass.passes.compensate import compensate
 from qpass.passes.round_weights import round_weights
 from qpass.passes.rounding import layer as layers
 from qpass.passes.row_weights import NormedSum, Weights, find_normed_sum
+from qpass.plan import Plan
 from tests.rounded import numbers_of, quantized_at
 from tests.small_models import from_text, run
 
@@ -151,35 +155,37 @@ def errors(reference: Graph, graph: Graph) -> float:
     )
 
 
-@pytest.mark.parametrize("method", ["gptq", "erq", "unit"])
-def test_massive_tokens_do_not_decide_alone(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = massive()
-    after = {}
+def after_each(
+    module: ModuleType, work: Callable[[Graph, Graph, QTable, Plan], object]
+) -> tuple[float, float]:
+    """Errors after `work` on the quantized graph, with all rows alike and with weights."""
+    reference, found = massive(), []
     for weighted in (False, True):
-        if not weighted:
-            monkeypatch.setattr(layers, "find_normed_sum", lambda *_: None)
-        else:
-            monkeypatch.undo()
         graph, table, plan = quantized_at(reference, "w3a16")
-        round_weights(
-            reference, graph, massive_feeds(32, 1), numbers_of(plan, table), method=method
-        )
-        after[weighted] = errors(reference, graph)
-    assert after[True] < 0.8 * after[False]
+        with pytest.MonkeyPatch.context() as patch:
+            if not weighted:
+                patch.setattr(module, "find_normed_sum", lambda *_: None)
+            work(reference, graph, table, plan)
+        found.append(errors(reference, graph))
+    return found[0], found[1]
 
 
-def test_compensation_counts_rows_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = massive()
-    after = {}
-    for weighted in (False, True):
-        if not weighted:
-            monkeypatch.setattr(compensation, "find_normed_sum", lambda *_: None)
-        else:
-            monkeypatch.undo()
-        graph, _, _ = quantized_at(reference, "w3a16")
-        compensate(reference, graph, massive_feeds(32, 1))
-        after[weighted] = errors(reference, graph)
-    assert after[True] < after[False]
+@pytest.mark.parametrize("method", ["gptq", "erq", "unit"])
+def test_massive_tokens_do_not_decide_alone(method: Any) -> None:
+    def work(reference: Graph, graph: Graph, table: QTable, plan: Plan) -> None:
+        numbers = numbers_of(plan, table)
+        round_weights(reference, graph, massive_feeds(32, 1), numbers, method=method)
+
+    alike, weighted = after_each(layers, work)
+    assert weighted < 0.8 * alike
+
+
+def test_compensation_counts_rows_likewise() -> None:
+    alike, weighted = after_each(
+        compensation,
+        lambda reference, graph, *_: compensate(reference, graph, massive_feeds(32, 1)),
+    )
+    assert weighted < alike
 
 
 def test_tokens_on_a_grid(tmp_path: Any) -> None:

@@ -173,8 +173,9 @@ def _slopes(
         slope = between.derivative(seen.output)
         back = last.layout.scatter(missing @ weight.swapaxes(1, 2), seen.last_input.shape)
         rows = np.arange(layer.layout.positions(seen.output))
-        # Without weights the layers may differ in their rows: the strides of a convolution.
-        weights = seen.weights if last.normed_sum is not None else np.ones(rows.size)
+        # The rows of a convolution are not those of a last layer that takes channels last.
+        alike = last.normed_sum is not None and layer.layout.op != "Conv"
+        weights = seen.weights if alike else np.ones(rows.size)
         sums.update(seen.source, back * slope, rows, weights)
         by_channel = np.moveaxis(slope, axis, 0).reshape(len(energy), -1)
         energy += np.square(by_channel, dtype=np.float64) @ weights
