@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from qpass.block_stage import build_compensated
 from qpass.calibrate import (
@@ -14,7 +17,8 @@ from qpass.calibrate import (
     batches,
     input_specs,
 )
-from qpass.choose import QTable, choose_qtable
+from qpass.calibrate.ranges import RangeChoice
+from qpass.choose import WIDE_BITS, QTable, choose_qtable
 from qpass.errors import RecipeError
 from qpass.frozen import check_names, read_scales, solve_ranges
 from qpass.graph import Graph
@@ -29,7 +33,7 @@ from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
 from qpass.passes.tune import tune
 from qpass.passes.weight_only import straighten_gemms
-from qpass.plan import read_plan
+from qpass.plan import Plan, read_plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.qparams import QParams
@@ -252,7 +256,7 @@ def _build(
         block_compensation=block_compensation,
         tuning=(lambda graph: _tune(run, graph)) if tuned else None,
     )
-    return table, graph, reports
+    return _with_steps(table, run), graph, reports
 
 
 def _tune(run: Run, graph: Graph) -> PassReport:
@@ -283,6 +287,42 @@ def _weight_numbers(run: Run, table: QTable) -> dict[str, QParams]:
     }
 
 
+def _free_steps(plan: Plan, policy: Policy) -> frozenset[str]:
+    """Return the keys of activations below 7 bits whose step belongs to nothing else.
+
+    With more bits the error of a range is small beside that of weights. Where the storage type
+    holds more bits than are wanted, a Clip has the same ends.
+    """
+    if policy.activations == "dynamic":
+        return frozenset()
+    groups = Counter(decision.group for decision in plan.activations())
+    return frozenset(
+        decision.key
+        for decision in plan.activations()
+        if decision.pinned is None
+        and (decision.group is None or groups[decision.group] == 1)
+        and decision.spec.granularity == "per_tensor"
+        and decision.spec.fixed is None
+        and not decision.spec.power_of_two
+        and decision.spec.bits < WIDE_BITS
+        and decision.spec.bits == decision.spec.storage.bits
+    )
+
+
+def _with_steps(table: QTable, run: Run) -> QTable:
+    """Return the numbers that the graph has: with the steps that were learned."""
+    if run.rounding is None or run.rounding[0] is not run.plan:
+        return table
+    steps = run.rounding[1].steps
+    qparams, ranges = dict(table.qparams), dict(table.ranges)
+    for key, step in steps.items():
+        old = qparams[key]
+        qparams[key] = replace(old, scale=np.array(step, np.float32))
+        low, high = ((end - int(old.zero_point)) * step for end in (old.qmin, old.qmax))
+        ranges[key] = RangeChoice(low=low, high=high, method="learned", mse=ranges[key].mse)
+    return QTable(qparams=qparams, ranges=ranges)
+
+
 def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> PassReport:
     """Round the weights of `graph`; the other graphs of the same plan get the same integers."""
     assert run.graph is not None
@@ -302,6 +342,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         threads=run.options.jobs,
         seed=run.options.seed,
         iterations=run.options.iterations,
+        free_steps=_free_steps(run.plan, run.policy),
         progress=run.progress,
     )
     run.rounding = (run.plan, rounding)

@@ -46,6 +46,11 @@ def insert_qdq(graph: Graph, plan: Plan, qparams: Mapping[str, QParams]) -> Pass
     return PassReport(name="insert_qdq", changed=len(plan.decisions))
 
 
+def quantizer_name(key: str) -> str:
+    """Return the name of the QuantizeLinear of a decision."""
+    return f"{key}_Q"
+
+
 def dequantize_node(
     graph: Graph,
     source: Tensor,
@@ -112,7 +117,7 @@ def _insert_pair(
         graph.constant(f"{decision.key}_scale", numbers.scale),
         graph.common_constant(f"{decision.key}_zero_point", numbers.zero_point),
     )
-    name = f"{decision.key}_Q"
+    name = quantizer_name(decision.key)
     narrow = (numbers.qmin, numbers.qmax) != (numbers.storage.qmin, numbers.storage.qmax)
     clip = _clip(graph, decision, tensor, numbers) if narrow else None
     source = tensor if clip is None else clip.outputs[0]

@@ -8,15 +8,16 @@ What it does
     ``erq`` first refits the float weight to the quantized input, then rounds by halves;
     ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
     minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
-    ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients.
+    ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients, and
+    the steps of activations with few levels along with them.
 Why it never makes things worse
     A quarter of the batches is held out. The new integers of a layer have to give a smaller error
     there than rounding to nearest, otherwise those stay. And those of all layers stay unless the
     model's own outputs get better there by a standard error: before rows had weights, a post-norm
     transformer (kwt1) lost 3.7 dB with 70 layers that were better one by one.
 What stays
-    Scales, zero points, types, nodes and edges: only integers and biases change, so nothing costs
-    more at run time.
+    Zero points, types, nodes and edges, and all scales but those learned steps: integers and biases
+    change, so nothing costs more at run time.
 Preconditions
     `insert_qdq` has run, biases are still float, names of the two graphs agree.
 """
@@ -24,7 +25,7 @@ Preconditions
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, Literal
@@ -37,7 +38,7 @@ from qpass.passes.model_gate import GATED_CONFIDENCE, judge
 from qpass.passes.rounding.basic_units import find_basic_units
 from qpass.passes.rounding.erq import solve_erq
 from qpass.passes.rounding.gptq import SWEEPS, factorize, solve_gptq
-from qpass.passes.rounding.gradient import check_torch, reconstruct_unit
+from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, write_steps
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.passes.rounding.refit import HeldRows, choose_refit
@@ -95,10 +96,14 @@ class RoundedLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounding:
-    """Result of `round_weights`: what changed, by name of the linear op."""
+    """Result of `round_weights`: what changed, by name of the linear op.
+
+    `steps` holds new steps of activations, float32, by key of their decision.
+    """
 
     report: PassReport
     layers: Mapping[str, RoundedLayer]
+    steps: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,6 +112,7 @@ class _Walk:
     first_held: int  # number of the first batch that is held out
     random: np.random.Generator
     rounded: dict[str, Layer] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
     def refuse(self, name: str, reason: str) -> None:
@@ -127,7 +133,7 @@ class _Walk:
             )
             for name, layer in self.rounded.items()
         }
-        return Rounding(report=report, layers=layers)
+        return Rounding(report=report, layers=layers, steps=dict(self.steps))
 
 
 def round_weights(
@@ -142,6 +148,7 @@ def round_weights(
     threads: int | None = None,
     seed: int = 0,
     iterations: int = 300,
+    free_steps: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Rounding:
     """Replace the integers of `quantized` by better ones, layer by layer.
@@ -157,6 +164,7 @@ def round_weights(
         threads: threads of each session.
         seed: of the choice of rows, and of what adaround mixes.
         iterations: of adaround, for each unit.
+        free_steps: keys of activations whose step adaround may learn.
         progress: told after each unit.
 
     Raises:
@@ -193,11 +201,17 @@ def round_weights(
                     walk.refuse(name, reason)
             if method == "adaround":
                 settings = {"iterations": iterations, "seed": seed, "threads": threads}
-                learned, kept = reconstruct_unit(
-                    stream, step, inside, first_held=walk.first_held, settings=settings
+                learned = reconstruct_unit(
+                    stream,
+                    step,
+                    inside,
+                    first_held=walk.first_held,
+                    settings=settings,
+                    free_steps=free_steps,
                 )
-                walk.rounded |= {layer.name: layer for layer in learned}
-                for name, reason in kept:
+                walk.rounded |= {layer.name: layer for layer in learned.layers}
+                walk.steps |= learned.steps
+                for name, reason in learned.refused:
                     walk.refuse(name, reason)
         outputs = list(stream.outputs())[walk.first_held :]
     if walk.rounded:
@@ -207,6 +221,7 @@ def round_weights(
         verdict = judge(wanted, plain, [of_rounded for _, of_rounded in outputs])
         if not verdict.helps_by(GATED_CONFIDENCE):
             walk.rounded.clear()
+            walk.steps.clear()
             walk.refuse("model", f"no sure improvement, nearest stays: {verdict.sentence}")
     rounding = walk.result(begin)
     replay(rounding, reference, quantized, numbers)
@@ -234,6 +249,7 @@ def replay(
     layers, _ = find_layers(reference, quantized, numbers)
     for name, rounded in rounding.layers.items():
         layers[name].stored.write(quantized, rounded.integers)
+    write_steps(quantized, rounding.steps)
     if offsets:
         write_offsets(rounding, reference, quantized, numbers)
     return replace(rounding.report, seconds=time.perf_counter() - begin)

@@ -114,7 +114,7 @@ class TensorHistogram:
     counts: tuple[int, ...]
     low: float  # chosen range, clipped values lie outside
     high: float
-    method: str  # minmax, percentile, entropy, mse
+    method: str  # minmax, percentile, entropy, mse, fixed, user, learned
     spec: str
     sqnr_db: float | None = None  # estimated from the histogram
 

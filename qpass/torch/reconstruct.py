@@ -1,151 +1,57 @@
 """Choose the roundings of all layers of a unit together, by gradients of the unit's output error.
 
 What it does
-    The unit runs in torch as the quantized graph has it, with soft weights (`SoftRounding`) and an
-    offset for each output channel that can take one. Adam lowers the squared error at the unit's
-    output on the calibration batches; a penalty then draws the weights to integers. Inputs are
-    those of the quantized graph, mixed element by element with those of the float graph, and so
-    are activations behind their quantizers inside of the unit (QDrop): the roundings get used to
-    noise instead of learning the noise of a few samples by heart.
+    The unit runs in torch as the quantized graph has it, with soft weights (`SoftRounding`), an
+    offset for each output channel that can take one, and steps of activation quantizers that follow
+    the gradient (LSQ). Adam lowers the squared error at the unit's output on the calibration
+    batches; a penalty then draws the weights to integers. Inputs are those of the quantized graph,
+    mixed element by element with those of the float graph, and so are activations behind their
+    quantizers inside of the unit (QDrop): the roundings get used to noise instead of learning the
+    noise of a few samples by heart.
 What is promised
     The rounded result is compared with the integers that were there, on batches that nothing was
     fitted to; the caller gets both errors. The same seed gives the same integers on a CPU.
 
 Sources: Nagel et al., AdaRound (ICML 2020); Li et al., BRECQ (ICLR 2021); Wei et al., QDrop (ICLR
-2022). Theirs are 20,000 iterations with a learning rate of 1e-3; here the rate grows as the number
-shrinks, so that a rounding can still travel from one end to the other a few times.
+2022); Esser et al., LSQ (ICLR 2020). Theirs are 20,000 iterations with a learning rate of 1e-3;
+here the rate grows as the number shrinks, so that a rounding can still travel from one end to the
+other a few times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qpass.graph import Node
 from qpass.torch.batch import Batch, joined, part_of
 from qpass.torch.executor import Executor, UnsupportedOpError
 from qpass.torch.soft_rounding import SoftRounding, beta_at, penalty
 from qpass.torch.threads import limited_threads
+from qpass.torch.unit_problem import Reconstruction, Settings, SoftLayer, SoftStep, UnitProblem
 
 __all__ = [
     "Batch",
     "Reconstruction",
     "Settings",
     "SoftLayer",
+    "SoftStep",
     "UnitProblem",
     "UnsupportedOpError",
     "reconstruct",
 ]
 
 Array = NDArray[Any]
-Feeds = Mapping[str, Array]
 TRAVEL: Final = 10.0  # what the rate of the logits and the number of iterations multiply to
 RATES: Final = (1e-3, 3e-2)
 DISAGREEMENT: Final = 0.01  # between torch and the engine, as a share of the error of rounding
 OFFSET_RATE: Final = 1e-3  # in units of an output channel's root mean square
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SoftLayer:
-    """A linear op whose rounding is learned.
-
-    weight
-        Name of the tensor that it reads as its weight.
-    start
-        Float weight to start from, float64, of the shape that the op reads.
-    integers
-        Those that are there, float64, same shape.
-    scale, zero_point
-        float64, broadcast over the weight.
-    bounds
-        Smallest and largest integer.
-    output, axis, channels
-        Of its output, and how an offset lies along it.
-    offset
-        Whether it can take an offset.
-    bias
-        The constant that an offset can be added to, if there is one.
-    """
-
-    name: str
-    weight: str
-    start: Array
-    integers: Array
-    scale: Array
-    zero_point: Array
-    bounds: tuple[int, int]
-    output: str
-    axis: int
-    channels: int
-    offset: bool
-    bias: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitProblem:
-    """A unit of the quantized graph.
-
-    nodes
-        What makes the targets, in order; what makes the layers' weights may be left out.
-    layers
-        Those to be rounded.
-    targets
-        Each is a sum of tensors that should be what a `Batch` wants.
-    seen
-        What the engine gives for each target and the first batch: torch has to give the same.
-    stackable
-        The first axis of all that a batch holds counts samples, so that batches can be joined.
-    """
-
-    nodes: Sequence[Node]
-    layers: Sequence[SoftLayer]
-    targets: Sequence[tuple[str, ...]]
-    seen: tuple[Array, ...]
-    stackable: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How to search.
-
-    iterations
-        Steps of Adam.
-    rows
-        Positions (pixels, tokens) that a step should see of the last layer's output, about.
-    drop
-        Chance of an element to be the float graph's.
-    pressure
-        Weight of the penalty when all roundings are undecided; 1 is the error that was there.
-    seed, device, threads
-        `device` None: CUDA where there is one. `threads` None: as many as torch takes.
-    """
-
-    iterations: int
-    rows: int = 1536
-    drop: float = 0.5
-    pressure: float = 100.0
-    seed: int = 0
-    device: str | None = None
-    threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reconstruction:
-    """The outcome: integers and offsets by layer, and errors on held-out batches.
-
-    `before` and `after` are mean squared errors of the targets with the old and the new integers,
-    each in units of what the old ones gave on the batches to fit.
-    """
-
-    integers: Mapping[str, Array]
-    offsets: Mapping[str, Array]
-    before: float
-    after: float
+STEP_TRAVEL: Final = 1.0  # how far the logarithm of a step can go in all iterations
+STEP_RATE: Final = 0.01  # but not faster than this: a step matters to all of a tensor at once
 
 
 def reconstruct(
@@ -171,6 +77,7 @@ def reconstruct(
         return Reconstruction(
             integers={soft.layer.name: soft.rounding.integers() for soft in unit.layers},
             offsets={soft.layer.name: soft.offset() for soft in unit.layers},
+            steps={soft.step.name: soft.rounded() for soft in unit.steps},
             before=before,
             after=unit.error(held, unit.rounded_weights),
         )
@@ -201,6 +108,22 @@ class _SoftLayer:
         return learned
 
 
+class _SoftStep:
+    """A step while it is learned: by its logarithm, so that it stays positive."""
+
+    def __init__(self, step: SoftStep, device: str) -> None:
+        self.step = step
+        self.growth = torch.zeros((), device=device, requires_grad=True)
+
+    def scale(self) -> torch.Tensor:
+        """Return the step as a function of what is learned."""
+        return self.step.scale * self.growth.exp()
+
+    def rounded(self) -> float:
+        """Return the step as the graph will store it: in float32."""
+        return float(self.scale().detach())
+
+
 class _SoftUnit:
     """A unit while its roundings are learned."""
 
@@ -212,6 +135,7 @@ class _SoftUnit:
         self._norms = [1.0] * len(problem.targets)
         self._rows = 1  # of one batch
         self.layers = [_SoftLayer(layer, self._executor) for layer in problem.layers]
+        self.steps = [_SoftStep(step, device) for step in problem.steps]
 
     @property
     def old_weights(self) -> dict[str, torch.Tensor]:
@@ -220,8 +144,12 @@ class _SoftUnit:
 
     @property
     def rounded_weights(self) -> dict[str, torch.Tensor]:
-        """The weights that the learned integers stand for, and the learned offsets."""
-        return {soft.layer.weight: soft.rounding.rounded() for soft in self.layers}
+        """The weights that the learned integers stand for, and the learned steps."""
+        weights = {soft.layer.weight: soft.rounding.rounded() for soft in self.layers}
+        return {**weights, **{name: step.detach() for name, step in self._steps().items()}}
+
+    def _steps(self) -> dict[str, torch.Tensor]:
+        return {soft.step.constant: soft.scale() for soft in self.steps}
 
     # ------------------------------------------------------------------ measuring
 
@@ -329,6 +257,10 @@ class _SoftUnit:
                     "params": [s.shift for s in self.layers if s.layer.offset],
                     "lr": OFFSET_RATE,
                 },
+                {
+                    "params": [soft.growth for soft in self.steps],
+                    "lr": min(STEP_TRAVEL / settings.iterations, STEP_RATE),
+                },
             ],
             fused=True,
         )
@@ -341,7 +273,7 @@ class _SoftUnit:
                 given = {
                     soft.layer.weight: soft.rounding.weight(up)
                     for soft, up in zip(self.layers, ups, strict=True)
-                }
+                } | self._steps()
                 loss = self._loss(batch, given, drop=settings.drop)
                 if beta is not None:
                     total = torch.stack([penalty(up, beta) for up in ups]).sum()

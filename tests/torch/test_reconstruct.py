@@ -15,6 +15,7 @@ from qpass.torch.reconstruct import (  # noqa: E402
     Reconstruction,
     Settings,
     SoftLayer,
+    SoftStep,
     UnitProblem,
     UnsupportedOpError,
     reconstruct,
@@ -39,8 +40,9 @@ SETTINGS = Settings(iterations=200, rows=32, threads=1)
 class Unit:
     """Two layers and a skip, at 3 bits; inputs of few directions, so that errors can cancel."""
 
-    def __init__(self, body: str = BODY) -> None:
+    def __init__(self, body: str = BODY, step: float = float(STEP)) -> None:
         random = np.random.default_rng(2)
+        self.step = step
         self.weights = [random.standard_normal(shape) / 3.0 for shape in ((8, 12), (12, 8))]
         self.scales = [np.abs(w).max(axis=0) / 3.5 for w in self.weights]
         self.bias = random.standard_normal(8).astype(np.float32)
@@ -51,7 +53,7 @@ class Unit:
             "float[N, 8] x",
             "float[N, 8] sum",
             body,
-            step=STEP,
+            step=np.float32(step),
             middle=MIDDLE,
             w1=self.weights[0].astype(np.float32),
             w2=self.weights[1].astype(np.float32),
@@ -60,6 +62,7 @@ class Unit:
         self.problem = UnitProblem(
             nodes=list(self.graph.nodes),
             layers=[self.layer(0, "w1", "a", None), self.layer(1, "w2", "p", "b2")],
+            steps=[],
             targets=[("y", "x")],
             seen=(),
             stackable=True,
@@ -107,7 +110,8 @@ class Unit:
 
     def output(self, batch: Batch, integers: list[Array], offset: Array) -> Array:
         x = batch.quantized["x"]
-        inner = (np.clip(np.rint(x / STEP) + 128.0, 0, 255) - 128.0) * float(STEP)
+        step = np.float32(self.step)
+        inner = (np.clip(np.rint(x / step) + 128.0, 0, 255) - 128.0) * float(step)
         weights = [q * s for q, s in zip(integers, self.scales, strict=True)]
         output: Array = np.maximum(inner @ weights[0], 0.0) @ weights[1] + self.bias + offset + x
         return output
@@ -151,6 +155,26 @@ def test_better_than_nearest_on_rows_that_were_not_seen() -> None:
         assert (integers != nearest).any()
     assert not found.offsets["w1"].any()
     assert found.offsets["w2"].any()
+
+
+def test_a_step_that_is_too_coarse_gets_finer_and_the_error_smaller() -> None:
+    fixed, unit = Unit(step=2.0).learn(), Unit(step=2.0)
+    constant = unit.graph.nodes[0].inputs[1].name
+    unit.problem = replace(
+        unit.problem, steps=[SoftStep(name="of x", constant=constant, scale=unit.step)]
+    )
+    found = unit.learn()
+    assert not fixed.steps
+    assert found.before == fixed.before
+    assert found.after < 0.8 * fixed.after
+    assert found.steps.keys() == {"of x"}
+    assert found.steps["of x"] < 1.2
+    assert np.float32(found.steps["of x"]) == found.steps["of x"]
+    norm = unit.error(unit.batches[:12], unit.integers, np.zeros(8))
+    unit.step = found.steps["of x"]  # the error that is reported is that with this step
+    learned = [found.integers[name] for name in ("w1", "w2")]
+    after = unit.error(unit.batches[12:], learned, found.offsets["w2"]) / norm
+    assert found.after == pytest.approx(after, rel=1e-5)
 
 
 def test_the_seed_decides() -> None:

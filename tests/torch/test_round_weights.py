@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("torch")
 
 import qpass
 from qpass.errors import RecipeError
-from qpass.graph import Graph
+from qpass.graph import Graph, array_of
+from qpass.passes.insert_qdq import quantizer_name
 from qpass.passes.round_weights import Rounding, replay, round_weights
 from qpass.torch.executor import Executor
 from qpass.torch.executor_ops import OPS
@@ -59,6 +61,68 @@ def test_closer_to_float_than_nearest_with_the_same_structure(model: Callable[[]
     again, table, plan = quantized_at(reference, "w3a8")
     replay(rounding, reference, again, numbers_of(plan, table))
     assert again.fingerprint() == graph.fingerprint()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_of_activations_are_learned(model: Callable[[], Graph]) -> None:
+    reference = model()
+    made = [quantized_at(reference, "w4a4") for _ in range(3)]
+    numbers, (_, table, plan) = numbers_of(made[0][2], made[0][1]), made[0]
+    free = [d.key for d in plan.activations() if d.spec.bits == 4]
+    learned(reference, made[0][0], numbers, iterations=20)
+    rounding = learned(reference, made[1][0], numbers, iterations=20, free_steps=free)
+    assert rounding.steps.keys() == set(free)
+    assert fidelity(reference, made[1][0]) > fidelity(reference, made[0][0])
+    nodes = {node.name: node for node in made[1][0].nodes}
+    for key in free:
+        quantizer = nodes[quantizer_name(key)]
+        (dequantizer,) = {node.name: node for node, _ in made[1][0].consumers(quantizer.outputs[0])}
+        for node in (quantizer, nodes[dequantizer]):
+            assert float(array_of(node.inputs[1])) == rounding.steps[key]
+        assert rounding.steps[key] != float(table.qparams[key].scale)
+    replay(rounding, reference, made[2][0], numbers)
+    assert made[2][0].fingerprint() == made[1][0].fingerprint()
+
+
+def test_a_step_that_another_unit_reads_stays() -> None:
+    """The skip of the second block reads the stem's integers in a unit of its own."""
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w4a4")
+    rounding = learned(reference, graph, numbers_of(plan, table), free_steps=["x0", "x0#1"])
+    reasons = {r.where: r.reason for r in rounding.report.refusals}
+    assert "another unit" in reasons["x0"]
+    assert rounding.steps.keys() == {"x0#1"}
+
+
+def test_learned_steps_are_in_the_file_and_in_the_report(tmp_path: Path) -> None:
+    options = {
+        "data": DIGITS,
+        "precision": "w4a4",
+        "samples": 24,
+        "compensate": "none",
+        "equalize": False,
+        "calibrate": "minmax",
+        "engines": ("ort",),
+    }
+    result = qpass.optimize(
+        CNN, **options, round="adaround", iterations=4, output=tmp_path / "m.onnx"
+    )
+    plain = qpass.optimize(CNN, **options, round="rtn", output=tmp_path / "plain.onnx")
+    scales, before = (
+        {
+            init.name: float(onnx.numpy_helper.to_array(init))
+            for init in onnx.load(one.output).graph.initializer
+            if not init.dims and init.name.endswith("_scale")
+        }
+        for one in (result, plain)
+    )
+    learned_ones = [row for row in result.histograms if row.method == "learned"]
+    assert learned_ones
+    for row in learned_ones:
+        scale = scales[f"{row.name}_scale"]
+        assert scale != before[f"{row.name}_scale"]
+        levels = 15  # of unsigned 4 bits; ends are computed in float64 from the float32 scale
+        assert row.high - row.low == pytest.approx(levels * scale, rel=1e-12)
 
 
 def test_units_get_better_where_they_are_learned() -> None:

@@ -5,14 +5,18 @@ last layers; with the quantized skip where a residual sum follows, so that the f
 The layers have been rounded in closed form before. The new integers are written only when they give
 a smaller error at the unit's outputs on batches that are held out.
 
+Steps of activations with few levels are learned along, where nobody outside of the unit reads their
+integers: a unit that has been walked through has seen the old step, and one that comes later would
+have no say.
+
 torch is imported when the first unit is reconstructed: everything else here is numpy.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.errors import RecipeError
-from qpass.graph import Graph
+from qpass.graph import Graph, Node, array_of
+from qpass.passes.insert_qdq import quantizer_name
 from qpass.passes.rounding.layer import Layer
 from qpass.passes.row_weights import NormedSum
 from qpass.qparams import expand
@@ -30,11 +35,29 @@ from qpass.submodel import slice_nodes
 
 if TYPE_CHECKING:
     from qpass.torch.batch import Batch
-    from qpass.torch.reconstruct import SoftLayer
+    from qpass.torch.reconstruct import SoftLayer, SoftStep
 
 Array = NDArray[Any]
 # With more levels than these the error of rounding is below that of the activations.
 LEVELS: Final = 64
+OTHERS_READ: Final = "another unit, or an output, reads its integers: the step stays"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What became of a unit.
+
+    layers
+        Those that have new integers.
+    steps
+        New steps of activations, float32, by key of their decision.
+    refused
+        (name, reason) of layers and steps that stay.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    steps: Mapping[str, float] = field(default_factory=dict)
+    refused: tuple[tuple[str, str], ...] = ()
 
 
 def check_torch(option: str) -> None:
@@ -50,7 +73,8 @@ def reconstruct_unit(
     *,
     first_held: int,
     settings: Mapping[str, Any],
-) -> tuple[tuple[Layer, ...], tuple[tuple[str, str], ...]]:
+    free_steps: Collection[str] = (),
+) -> Learned:
     """Learn the roundings of a unit that has been rounded in closed form.
 
     Args:
@@ -59,9 +83,7 @@ def reconstruct_unit(
         layers: its linear ops in execution order.
         first_held: number of the first batch that is held out.
         settings: of `qpass.torch.reconstruct.Settings`.
-
-    Returns:
-        Layers that have new integers, and (name, reason) of those that keep the old ones.
+        free_steps: keys of activations whose step may change.
     """
     from qpass.torch import reconstruct as gradient
 
@@ -72,7 +94,7 @@ def reconstruct_unit(
         if layer not in soft
     ]
     if not soft:
-        return (), tuple(refused)
+        return Learned(refused=tuple(refused))
     ends = _ends(stream, layers)
     weights = {layer.node.inputs[1].name for layer in soft}
     nodes, inputs = slice_nodes(
@@ -81,6 +103,8 @@ def reconstruct_unit(
         [name for end in ends for name in end.quantized],
     )
     inputs = [name for name in inputs if name not in weights]
+    steps, held_steps = _soft_steps(stream.quantized, nodes, ends, free_steps, gradient)
+    refused += held_steps
     wanted, seen = _look(step, ends)
     batches = [
         gradient.Batch(
@@ -94,6 +118,7 @@ def reconstruct_unit(
     problem = gradient.UnitProblem(
         nodes=nodes,
         layers=[_soft_layer(layer, gradient) for layer in soft],
+        steps=steps,
         targets=[end.quantized for end in ends],
         seen=seen,
         stackable=_stackable(stream.reference, batches),
@@ -104,18 +129,69 @@ def reconstruct_unit(
         )
     except gradient.UnsupportedOpError as error:
         reason = f"{error.what} ({error.where}): the integers of unit stay"
-        return (), (*refused, *((layer.name, reason) for layer in soft))
+        return Learned(refused=(*refused, *((layer.name, reason) for layer in soft)))
     if not found.after < found.before:
         reason = (
             f"error {found.after:.3g} at the end of the unit on held-out batches, "
             f"{found.before:.3g} with the integers of unit: those stay"
         )
-        return (), (*refused, *((layer.name, reason) for layer in soft))
+        return Learned(refused=(*refused, *((layer.name, reason) for layer in soft)))
     for layer in soft:
         layer.write(stream.quantized, layer.layout.matrix(found.integers[layer.name]))
         if layer.site.offset:
             layer.write_offset(stream.quantized, found.offsets[layer.name])
-    return tuple(soft), tuple(refused)
+    write_steps(stream.quantized, found.steps)
+    return Learned(layers=tuple(soft), steps=found.steps, refused=tuple(refused))
+
+
+def write_steps(graph: Graph, steps: Mapping[str, float]) -> None:
+    """Give quantizers of activations new steps.
+
+    Args:
+        graph: after `insert_qdq`; changed in place.
+        steps: by key of the decision, float32.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    for key, step in steps.items():
+        quantizer = nodes[quantizer_name(key)]
+        old = quantizer.inputs[1]
+        scale = graph.constant(old.name, np.array(step, np.float32))
+        for node in (quantizer, *(one for one, _ in graph.consumers(quantizer.outputs[0]))):
+            graph.set_input(node, 1, scale)
+        if not graph.consumers(old):
+            scale.name = old.name
+
+
+def _soft_steps(
+    graph: Graph,
+    nodes: Sequence[Node],
+    ends: Sequence[_End],
+    free: Collection[str],
+    gradient: ModuleType,
+) -> tuple[list[SoftStep], list[tuple[str, str]]]:
+    """Return the quantizers of the unit whose step can be learned, and why others cannot be."""
+    inside, tensors = {id(node) for node in nodes}, graph.tensors()
+    for end in ends:
+        # The sum itself stands behind the unit, and reads it no other way than the target does.
+        readers = [{id(n) for n, _ in graph.consumers(tensors[t])} for t in end.quantized]
+        if len(readers) > 1:
+            inside |= set.intersection(*readers)
+    names = {quantizer_name(key): key for key in free}
+    steps, refused = [], []
+    for node in nodes:
+        if node.op != "QuantizeLinear" or node.name not in names:
+            continue
+        key, scale = names[node.name], array_of(node.inputs[1])
+        restored = [one for one, _ in graph.consumers(node.outputs[0])]
+        readers_of = [reader for dq in restored for reader, _ in graph.consumers(dq.outputs[0])]
+        shown = any(graph.is_output(dq.outputs[0]) for dq in restored)
+        if not shown and all(id(one) in inside for one in (*restored, *readers_of)):
+            steps.append(
+                gradient.SoftStep(name=key, constant=node.inputs[1].name, scale=float(scale))
+            )
+        else:
+            refused.append((key, OTHERS_READ))
+    return steps, refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
