@@ -177,7 +177,7 @@ def _gather(attrs: Attrs, x: torch.Tensor, indices: torch.Tensor) -> torch.Tenso
     flat = indices.reshape(-1).to(x.device, torch.int64)
     flat = torch.where(flat < 0, flat + x.shape[axis], flat)
     picked = x.index_select(axis, flat)
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def _expand(_: Attrs, x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:

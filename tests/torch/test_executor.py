@@ -78,6 +78,11 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("Flatten", IMAGE, "y = Flatten <axis = 2> (x)"),
     ("Flatten", IMAGE, "y = Flatten <axis = -1> (x)"),
     ("Gather", TOKENS, "y = Gather <axis = 1> (x, i0_2_n1)"),
+    (
+        "Gather",  # a single size, as exported models reshape by
+        TOKENS,
+        "s = Shape (x)\nn = Gather (s, last)\nu = Unsqueeze (n, i0)\ny = Expand (one, u)",
+    ),
     ("Gelu", TOKENS, "y = Gelu (x)"),
     ("Gelu", TOKENS, 'y = Gelu <approximate = "tanh"> (x)'),
     ("Gemm", "float[5, 8] x", "y = Gemm <transB = 1, beta = 0.5> (x, w3x8, v3)"),
@@ -152,6 +157,7 @@ def constants_of(body: str) -> dict[str, Array]:
         "two": np.array(2.0, np.float32),
         "step": np.array(2.0**-6, np.float32),
         "u128": np.array(128, np.uint8),
+        "last": np.array(-1, np.int64),
         "z8": np.arange(-4, 4).astype(np.int8),
     }
     for token in re.findall(r"[a-z]n?[0-9][0-9nx_]*", body):
