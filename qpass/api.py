@@ -245,7 +245,7 @@ def calibrate(
     check_folder(Path(output))
     settings = make_options(target=target, holdout=0.0, **options)
     run = start(Path(model), settings)
-    graph = prepare(run)
+    graph = prepare(run, for_target=False)
     taps: dict[str, TapRequest] = {}
     for name in [target] if target is not None else sorted(TARGETS):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -116,6 +117,7 @@ def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> N
 
 
 def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, TensorStats]:
+    assert run.graph is not None
     stats, meta = load_stats(path)
     if meta.get("model") != model_key(run):
         raise RecipeError(
@@ -123,6 +125,7 @@ def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, 
             where=str(path),
             fix="run qpass calibrate with the same options",
         )
+    stats |= _moved_stats(run.graph, stats, taps)
     missing = [tap.tensor for tap in taps if tap.tensor not in stats]
     if missing:
         raise RecipeError(
@@ -132,6 +135,28 @@ def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, 
         )
     run.samples = int(meta.get("samples", 0))
     return stats
+
+
+def _moved_stats(
+    graph: Graph, stats: Mapping[str, TensorStats], taps: list[TapRequest]
+) -> dict[str, TensorStats]:
+    """Return statistics of tensors that a rewrite for the target has made by moving others.
+
+    Nothing but the range of a tensor is asked of statistics from a file, and moving values leaves
+    that as it is.
+    """
+    tensors, found = graph.tensors(), {}
+    for tap in taps:
+        tensor = tensors[tap.tensor]
+        while tensor.name not in stats:
+            producer = graph.producer(tensor)
+            if producer is None or producer.op not in ("Reshape", "Transpose"):
+                break
+            tensor = producer.inputs[0]
+        else:
+            if tensor.name != tap.tensor:
+                found[tap.tensor] = stats[tensor.name]
+    return found
 
 
 def take_batches(run: Run, samples: Samples) -> None:

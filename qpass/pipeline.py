@@ -28,6 +28,7 @@ from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.compensate import compensate
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
+from qpass.passes.patch_matmul import patches_to_matmul, wants_patch_matmul
 from qpass.passes.round_weights import replay, round_weights, write_offsets
 from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
@@ -46,8 +47,14 @@ STATIC_SAMPLES: Final = 64  # a gain, an offset and a ridge regression for each 
 LAYER_SAMPLES: Final = 2
 
 
-def prepare(run: Run) -> Graph:
-    """Load and normalize the model, and plan it."""
+def prepare(run: Run, *, for_target: bool = True) -> Graph:
+    """Load and normalize the model, and plan it.
+
+    Args:
+        run: its graph, plan and policy are set.
+        for_target: False leaves out rewrites that only some targets want, as for statistics that
+            serve all of them.
+    """
     if run.options.round == "adaround":
         check_torch("--round adaround")
     if run.options.tune:
@@ -67,6 +74,8 @@ def prepare(run: Run) -> Graph:
         )
     if run.policy.precision.activation is None and run.target.straight_gemms:
         run.passes.append(straighten_gemms(run.graph))
+    if for_target and _patches_as_products(run):
+        _rewrite_patches(run, run.graph)
     with run.stages.stage("plan"):
         if run.options.plan:
             run.policy = _edited_policy(run, Path(run.options.plan))
@@ -74,6 +83,25 @@ def prepare(run: Run) -> Graph:
         if run.options.activation_scales:
             _freeze_scales(run, Path(run.options.activation_scales))
     return run.graph
+
+
+def _patches_as_products(run: Run) -> bool:
+    """Return whether patch embeddings are to be rewritten.
+
+    Scales that a file brings belong to tensors of the model as it was trained.
+    """
+    static = run.policy.precision.activation is not None and run.policy.activations == "static"
+    return static and not run.options.activation_scales and wants_patch_matmul(run.target)
+
+
+def _rewrite_patches(run: Run, graph: Graph) -> None:
+    """Rewrite patch embeddings, and keep what statistics of other rewrites are known by."""
+    others = any(report.changed for report in run.passes if report.name != "normalize")
+    before = graph.copy() if others else None
+    report = patches_to_matmul(graph)
+    run.passes.append(report)
+    if report.changed and before is not None:
+        run.unpatched = before.fingerprint()
 
 
 def _freeze_scales(run: Run, path: Path) -> None:
@@ -141,6 +169,7 @@ def make_norms_static(run: Run, samples: Samples) -> None:
         )
     run.passes.append(report)
     if report.changed:
+        run.unpatched = ""
         run.plan = make_plan(run.graph, run.target, run.policy)
 
 

@@ -19,6 +19,7 @@ from qpass.graph import Graph
 from qpass.options import Options, parse_node_bits
 from qpass.passes.compensate_blocks import BlockCompensation
 from qpass.passes.compensation import Compensation
+from qpass.passes.patch_matmul import NAME as PATCHES
 from qpass.passes.round_weights import Rounding
 from qpass.plan import Plan
 from qpass.program import Policy, Precision, Progress
@@ -41,10 +42,14 @@ def sha256_of(path: Path) -> str:
 
 
 def model_key(run: Run) -> str:
-    """Return what the statistics of a run belong to: the file, and what was rewritten in it."""
+    """Return what the statistics of a run belong to: the file, and what was rewritten in it.
+
+    Patch embeddings are rewritten by moving values: statistics stay what they are.
+    """
     assert run.graph is not None
-    rewritten = any(p.changed for p in run.passes if p.name != "normalize")
-    return sha256_of(run.source) + (f"-{run.graph.fingerprint()}" if rewritten else "")
+    rewritten = any(p.changed for p in run.passes if p.name not in ("normalize", PATCHES))
+    content = f"-{run.unpatched or run.graph.fingerprint()}" if rewritten else ""
+    return sha256_of(run.source) + content
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +62,7 @@ class Run:
     policy: Policy
     stages: Stages = field(default_factory=Stages)
     graph: Graph | None = None  # normalized float graph, never changed after `prepare`
+    unpatched: str = ""  # its fingerprint before patch embeddings were rewritten
     passes: list[PassReport] = field(default_factory=list)
     plan: Plan | None = None
     stats: dict[str, TensorStats] = field(default_factory=dict)
