@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from qpass.calibrate.observers import TensorStats
 from qpass.calibrate.ranges import RangeChoice, solve_range
 from qpass.errors import InternalError, RecipeError
 from qpass.graph import Graph, array_of
+from qpass.options import WeightRange
 from qpass.plan import Decision, Plan
 from qpass.qparams import QParams, TensorSpec, channel_range, choose_qparams
 
@@ -23,6 +24,7 @@ BIAS_LIMIT: Final = 2.0**30
 # Weight ranges that `mse` tries, as shares of the largest magnitude.
 WIDE_BITS: Final = 7  # from here on weights have levels enough to keep their largest magnitude
 WEIGHT_SHARES: Final = np.linspace(0.6, 1.0, 41)
+KEPT: Final = 0.9999  # of the weights of a scale that `percentile` does not clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ def choose_qtable(
     *,
     method: str = "auto",
     round_method: str = "rtn",
+    weight_method: WeightRange = "auto",
     cache: RangeCache | None = None,
 ) -> QTable:
     """Choose the numbers of every decision.
@@ -99,8 +102,11 @@ def choose_qtable(
         plan: decisions.
         stats: statistics by tensor name.
         method: minmax, percentile, entropy, mse or auto, for activations.
-        round_method: `rtn` takes the largest magnitude of the weights, `auto` does so from 8 bits
-            on, where clipping saves nothing; all others search the range.
+        round_method: how weights are rounded. It decides their ranges where `weight_method` is
+            auto: `rtn` takes the largest magnitude, `auto` does so from 7 bits on, where clipping
+            saves nothing; all others search the range.
+        weight_method: minmax, mse (`solve_weight_range`), percentile (`percentile_weight_range`)
+            or auto, for weights. Other constants keep their largest magnitude.
         cache: of ranges, where the same statistics serve several calls.
     """
     cache = RangeCache() if cache is None else cache
@@ -122,13 +128,8 @@ def choose_qtable(
     tensors = graph.tensors()
     for decision in plan.weights():
         values = array_of(tensors[decision.tensor])
-        searched = round_method not in ("rtn", "auto") or (
-            round_method == "auto" and decision.spec.bits < WIDE_BITS
-        )
-        if decision.kind == "weight" and searched:
-            low_array, high_array = solve_weight_range(values, decision.spec)
-        else:
-            low_array, high_array = weight_range(values, decision.spec)
+        range_of = _range_of_weights(decision, round_method, weight_method)
+        low_array, high_array = range_of(values, decision.spec)
         qparams[decision.key] = choose_qparams(decision.spec, low_array, high_array)
     _leave_room_for_biases(graph, plan, qparams)
     return QTable(qparams=qparams, ranges=ranges)
@@ -197,6 +198,20 @@ def _activation_range(
     return cache.solve(stats[decision.tensor], decision.spec, method)
 
 
+def _range_of_weights(
+    decision: Decision, round_method: str, weight_method: WeightRange
+) -> Callable[[Array, TensorSpec], tuple[Array, Array]]:
+    """Return the function that gives the ranges of one constant."""
+    if decision.kind != "weight" or weight_method == "minmax":
+        return weight_range
+    if weight_method == "percentile":
+        return percentile_weight_range
+    narrow = round_method == "auto" and decision.spec.bits < WIDE_BITS
+    if weight_method == "mse" or narrow or round_method not in ("rtn", "auto"):
+        return solve_weight_range
+    return weight_range
+
+
 def weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
     """Return the minimum and maximum of a weight for each of its scales, float64."""
     if spec.granularity != "per_block":
@@ -228,6 +243,48 @@ def solve_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
         better = error < best
         best, share = np.where(better, error, best), np.where(better, candidate, share)
     return low * share.reshape(low.shape), high * share.reshape(high.shape)
+
+
+def percentile_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
+    """Return the per-scale range that keeps `KEPT` of the weights, float64.
+
+    A symmetric spec gets ``+-quantile(|w|, KEPT)``, an asymmetric one the quantiles that leave half
+    of the rest out on either side. Both are `numpy.quantile` with linear interpolation: of n sorted
+    values the one at place ``(n - 1) * KEPT``. With up to 10,000 values that lies between the two
+    largest, ``(n - 1) * (1 - KEPT)`` of the gap below the largest: 9 values lose 0.08 % of it, 576
+    lose 5.8 %. So a row of few weights is never cut at a whole weight, and min/max and percentile
+    are close there; scales for whole tensors are where they differ. A short last block is a row of
+    its own length. Where only zeros are kept (pruned weights) the range is that of min/max.
+    """
+    least, most = weight_range(values, spec)
+    values = values.astype(np.float64)
+    if spec.symmetric:
+        high = _quantiles(np.abs(values), spec, KEPT)
+        low = -high
+    else:
+        tail = (1.0 - KEPT) / 2.0
+        low, high = _quantiles(values, spec, tail), _quantiles(values, spec, 1.0 - tail)
+    nothing = (low == 0.0) & (high == 0.0)
+    return np.where(nothing, least, low), np.where(nothing, most, high)
+
+
+def _quantiles(values: Array, spec: TensorSpec, share: float) -> Array:
+    """Return a quantile of the values of each scale, in the shape of the scales."""
+    if spec.granularity == "per_tensor":
+        return np.asarray(np.quantile(values, share))
+    assert spec.axis is not None
+    axis = spec.axis % values.ndim
+    if spec.granularity == "per_channel":
+        return np.quantile(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1), share, 1)
+    assert spec.block_size is not None
+    whole = values.shape[axis] // spec.block_size * spec.block_size
+    parts = []
+    for part in np.split(values, [whole], axis):
+        size = min(spec.block_size, part.shape[axis])
+        if size:
+            shape = (*part.shape[:axis], -1, size, *part.shape[axis + 1 :])
+            parts.append(np.quantile(part.reshape(shape), share, axis + 1))
+    return np.concatenate(parts, axis)
 
 
 def _rows_of_scales(values: Array, spec: TensorSpec) -> Array:

@@ -152,6 +152,11 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]),
     help="How weights are rounded (default auto: gptq, to nearest where only weights change).",
 )
+@click.option(
+    "--weight-range",
+    type=click.Choice(["auto", "minmax", "mse", "percentile"]),
+    help="Ranges of weights: extremes, a search, 99.99 %, or what --round asks for (auto).",
+)
 @click.option("--iterations", type=int, help="Of adaround, for each unit (default 300).")
 @click.option(
     "--tune",

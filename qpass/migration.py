@@ -53,6 +53,7 @@ def migrate_scales(run: Run, samples: Samples) -> None:
             held=list(islice(iter(samples.view(rows, found)), JUDGE_SAMPLES)),
             method=run.options.calibrate,
             round_method=run.options.round if run.options.round == "mse" else "rtn",
+            weight_method=run.options.weight_range,
             batch_size=run.options.batch_size,
             memory_bytes=run.options.memory_bytes,
             threads=run.options.jobs,

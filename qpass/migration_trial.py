@@ -17,6 +17,7 @@ from qpass.calibrate import Samples, TapRequest, TensorStats, collect
 from qpass.choose import RangeCache, choose_qtable
 from qpass.exact_session import open_exact
 from qpass.graph import Graph
+from qpass.options import WeightRange
 from qpass.passes.model_gate import total_sqnr_db
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
@@ -45,6 +46,7 @@ class Job:
     stats: Stats = field(default_factory=dict)  # of the graph as it is, over all samples
     method: str = "auto"  # of the ranges
     round_method: str = "rtn"
+    weight_method: WeightRange = "auto"
     batch_size: int = 4
     memory_bytes: int = 1 << 30
     threads: int = 0
@@ -149,6 +151,7 @@ class Trials:
                 stats,
                 method=method,
                 round_method=self.job.round_method,
+                weight_method=self.job.weight_method,
                 cache=self._ranges,
             )
             quantized, _ = build_quantized(

@@ -137,7 +137,11 @@ def _rounder(
             continue
         plan = make_plan(graph, run.target, replace(run.policy, node_bits=given))
         method = run.method or run.options.calibrate
-        tables[number] = (plan, choose_qtable(graph, plan, run.stats, method=method))
+        weight_method = run.options.weight_range
+        tables[number] = (
+            plan,
+            choose_qtable(graph, plan, run.stats, method=method, weight_method=weight_method),
+        )
     keys = {number: _keys(plan) for number, (plan, _) in tables.items()}
     resident = {
         number: {d.tensor: d.key for d in plan.activations() if d.edges is None}

@@ -15,6 +15,7 @@ FitMethod = Literal["ls", "mm"]
 UnifiedNormMode = Literal["auto", "off"]
 RotateMode = Literal["none", "heads", "stream", "all"]
 RoundMethod = Literal["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]
+WeightRange = Literal["auto", "minmax", "mse", "percentile"]
 # These look at calibration samples.
 ROUND_WITH_DATA: Final = ("auto", "gptq", "erq", "unit", "adaround")
 
@@ -63,6 +64,7 @@ class Options:
     fit: FitMethod = "ls"  # of gains: least squares, or mm: the size of what a Softmax reads
     allow_runtime_ops: bool = False  # Mul and Add where no constant can take a correction
     round: RoundMethod = "auto"  # gptq where activations are quantized, else rtn
+    weight_range: WeightRange = "auto"  # auto: by the rounding, see `qpass.choose`
     iterations: int = 300  # of adaround, for each unit
     tune: int = 0  # steps that learn gains and offsets by gradients of the outputs; 0: none
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
@@ -135,6 +137,16 @@ class Options:
         if self.round not in get_args(RoundMethod):
             raise RecipeError(
                 f"there is no --round {self.round}", fix=f"use {', '.join(get_args(RoundMethod))}"
+            )
+        if self.weight_range not in get_args(WeightRange):
+            raise RecipeError(
+                f"there is no --weight-range {self.weight_range}",
+                fix=f"use {', '.join(get_args(WeightRange))}",
+            )
+        if self.round == "mse" and self.weight_range not in ("auto", "mse"):
+            raise RecipeError(
+                f"--round mse searches the ranges, --weight-range {self.weight_range} does not",
+                fix=f"use --round rtn --weight-range {self.weight_range}",
             )
         if self.iterations < 1:
             raise RecipeError(f"--iterations {self.iterations} is not positive")

@@ -199,7 +199,9 @@ def _draft(run: Run, method: str) -> Graph:
     assert run.graph is not None
     policy = run.policy.with_wide_weights()
     plan = make_plan(run.graph, run.target, policy)
-    table = choose_qtable(run.graph, plan, run.stats, method=method)
+    table = choose_qtable(
+        run.graph, plan, run.stats, method=method, weight_method=run.options.weight_range
+    )
     return build_quantized(run.graph, plan, table, run.target, policy)[0]
 
 
@@ -263,7 +265,12 @@ def _build(
     assert run.graph is not None
     assert run.plan is not None
     table = choose_qtable(
-        run.graph, run.plan, run.stats, method=method, round_method=run.options.round
+        run.graph,
+        run.plan,
+        run.stats,
+        method=method,
+        round_method=run.options.round,
+        weight_method=run.options.weight_range,
     )
     data = run.options.round in ROUND_WITH_DATA and run.batches
     # The graph without compensation, which `verify` compares with, is not tuned either.

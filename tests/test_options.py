@@ -58,6 +58,8 @@ def test_precision_refused(text: str) -> None:
         ({"memory": "lots"}, "'lots'"),
         ({"precision": "int8"}, "'int8'"),
         ({"round": "nearest"}, "--round nearest"),
+        ({"weight_range": "sigma"}, "--weight-range sigma"),
+        ({"round": "mse", "weight_range": "percentile"}, "--round rtn --weight-range percentile"),
         ({"sampels": 3}, "no option sampels"),
     ],
 )
