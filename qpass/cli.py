@@ -182,6 +182,11 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--asymmetric-weights", is_flag=True, default=None, help="Weights only: zero points.")
 @click.option("--low-bit-edges", is_flag=True, default=None, help="Stem and head below 8 bits too.")
 @click.option("--mixed", is_flag=True, default=None, help="Bits by layer, to meet the gates.")
+@click.option(
+    "--mixed-cost",
+    type=click.Choice(["size", "latency"]),
+    help="What --mixed saves: bytes of weights (default), or time of the layers, measured here.",
+)
 @click.option("--holdout", type=float, metavar="F", help="Share held out to verify (default 0.25).")
 @samples_options
 @click.option("--accuracy-level", type=int, help="Of MatMulNBits: 0 float32, 4 (default) 8 bits.")

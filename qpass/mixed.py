@@ -1,10 +1,12 @@
-"""Spend bits where they matter: the smallest plan that meets a budget of accuracy.
+"""Spend bits where they matter: the cheapest plan that meets a budget of accuracy.
 
 Every layer has levels: the precision of the run, 8 bits, and float. One pass over a few samples
 says what each level of each layer costs at the outputs (`qpass.sensitivity`), a knapsack says which
-combinations are worth having at each size (`qpass.knapsack`), and the smallest of them that meets
+combinations are worth having at each cost (`qpass.knapsack`), and the cheapest of them that meets
 the budget is found by building and measuring it. The estimate only says where to look: the sum of
-powers is off where errors are large, so the answer is always a measured one.
+powers is off where errors are large, so the accuracy of the answer is always a measured one.
+
+The cost is the bytes of the weights, or the time of the layers (`qpass.layer_latency`).
 """
 
 from __future__ import annotations
@@ -19,31 +21,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.bits import raised
+from qpass.budgets import Budget, metric_budget, sqnr_budget
 from qpass.choose import QTable, choose_qtable
 from qpass.dtypes import storage_for
 from qpass.errors import ModelError, RecipeError
 from qpass.graph import Node, array_of
 from qpass.knapsack import Point, solve_front
-from qpass.modelfile import save_model
+from qpass.layer_latency import NOISE, Variant, engine_of, time_layers, time_models
+from qpass.mixed_report import Costs, report_of
+from qpass.modelfile import read_metadata, save_model
 from qpass.pipeline import quantize
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
-from qpass.program import Precision
+from qpass.program import Policy, Precision
 from qpass.qparams import fake_quantize
-from qpass.report.model import MixedChoice, MixedPoint, MixedReport
-from qpass.result import score_file
+from qpass.quantize import build_quantized
+from qpass.report.model import MixedReport
 from qpass.run import Run, metadata_of
 from qpass.sensitivity import LayerError, measure
 from qpass.units import is_weighted
-from qpass.verify.check import Reference
-from qpass.verify.engines import EngineName, open_engine
 from qpass.verify.host import session_entries
-from qpass.verify.metrics import ErrorMeter
-from qpass.verify.session import entries_for
+from qpass.verify.session import entries_for, recorded_entries
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
-Score = Callable[[Path], float]  # larger is better
 
 MOST_POINTS: Final = 33  # of the front that are looked at
 MOST_TRIALS: Final = 7
@@ -53,45 +54,61 @@ WHY: Final = "mixed precision: float, for the budget"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What a plan has to reach: `score` of the built file, at least `wanted`.
+class _Draft:
+    """A plan with each layer at one of its levels, and its numbers."""
 
-    error: the share of error power at the outputs that should just meet it, None when unknown.
-    """
-
-    name: str
-    wanted: float
-    score: Score
-    error: float | None = None
+    policy: Policy
+    plan: Plan
+    qtable: QTable
 
 
 def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedReport:
-    """Set the plan of `run` to the smallest one that meets `budget`, or to the best one there is.
+    """Set the plan of `run` to the cheapest one that meets `budget`, or to the best one there is.
 
     Args:
         run: planned and calibrated; its policy, plan and graphs are set.
         batches: samples to measure sensitivities with.
         budget: the condition.
+
+    Raises:
+        EngineError: the cost is time, and the engine refused a layer or a plan.
     """
     assert run.graph is not None
     assert run.plan is not None
     levels = levels_of(run)
     with run.stages.stage("sensitivity"):
+        drafts = _drafts(run, levels)
         errors = measure(
             run.graph,
             levels,
-            _rounder(run, levels),
+            _rounder(levels, drafts),
             batches,
             threads=run.options.jobs or None,
             progress=run.progress,
         )
-        sizes = [_sizes(run.graph.node(layer.name), layer) for layer in errors]
-        front = solve_front(sizes, [np.array(layer.errors) for layer in errors])
-        front = thinned([point for point in front if _quantizes(point, errors)])
-    with run.stages.stage("mixed precision"):
-        measured = _search(run, errors, front, budget)
-    passing = [i for i, value in measured.items() if value >= budget.wanted]
-    chosen = min(passing) if passing else max(measured, key=lambda i: (measured[i], -i))
+    sizes = [_sizes(run.graph.node(layer.name), layer) for layer in errors]
+    times = None
+    if run.options.mixed_cost == "latency":
+        with run.stages.stage("layer latency"):
+            by_name = _times(run, levels, drafts, batches[0])
+        times = [by_name[layer.name] for layer in errors]
+    front = solve_front(times or sizes, [np.array(layer.errors) for layer in errors])
+    front = thinned([point for point in front if _quantizes(point, errors)])
+    with (
+        run.stages.stage("mixed precision"),
+        tempfile.TemporaryDirectory(prefix="qpass-mixed-") as folder,
+    ):
+        measured = _search(run, errors, front, budget, Path(folder))
+        if times is not None:
+            number = _add_uniform(front, errors, times)
+            if number not in measured:
+                path = _file(Path(folder), number)
+                measured[number] = _measured(run, errors, front[number], budget, path)
+        passing = [i for i, value in measured.items() if value >= budget.wanted]
+        model_ms = {} if times is None else _model_times(run, passing, Path(folder), batches[0])
+    chosen = max(measured, key=lambda i: (measured[i], -i))
+    if passing:
+        chosen = min(passing, key=lambda i: (model_ms.get(i, 0.0), i))
     _apply(run, errors, front[chosen])
     if not passing:
         run.notes.append(
@@ -99,7 +116,8 @@ def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedRepo
             f"of {len(measured)} plans that were measured has {measured[chosen]:.4g}."
         )
     float_bytes = sum(4.0 * array_of(run.graph.node(e.name).inputs[1]).size for e in errors)
-    return _report(errors, front, measured, chosen, budget, float_bytes)
+    costs = Costs(sizes=sizes, times=times, float_bytes=float_bytes, model_ms=model_ms)
+    return report_of(errors, costs, front, measured, chosen, budget)
 
 
 def levels_of(run: Run) -> dict[str, list[Precision | None]]:
@@ -123,34 +141,76 @@ def levels_of(run: Run) -> dict[str, list[Precision | None]]:
     return found
 
 
-def _rounder(
-    run: Run, levels: Mapping[str, Sequence[Precision | None]]
-) -> Callable[[Node, Precision], tuple[Array, Callable[[Array], Array]]]:
-    """Return a function that rounds a layer as a plan with this level would do it."""
+def _drafts(run: Run, levels: Mapping[str, Sequence[Precision | None]]) -> list[_Draft]:
+    """Return a plan and its numbers for each number of a level, layers with fewer at their last."""
     assert run.graph is not None
-    graph = run.graph
-    tables: dict[int, tuple[Plan, QTable]] = {}
+    drafts = []
     for number in range(max((len(own) for own in levels.values()), default=0)):
         bits = {name: own[min(number, len(own) - 1)] for name, own in levels.items()}
         given = {name: level for name, level in bits.items() if level is not None}
         if not given:
-            continue
-        plan = make_plan(graph, run.target, replace(run.policy, node_bits=given))
-        method = run.method or run.options.calibrate
-        weight_method = run.options.weight_range
-        tables[number] = (
+            break
+        policy = replace(run.policy, node_bits=given)
+        plan = make_plan(run.graph, run.target, policy)
+        qtable = choose_qtable(
+            run.graph,
             plan,
-            choose_qtable(graph, plan, run.stats, method=method, weight_method=weight_method),
+            run.stats,
+            method=run.method or run.options.calibrate,
+            weight_method=run.options.weight_range,
         )
-    keys = {number: _keys(plan) for number, (plan, _) in tables.items()}
-    resident = {
-        number: {d.tensor: d.key for d in plan.activations() if d.edges is None}
-        for number, (plan, _) in tables.items()
-    }
+        drafts.append(_Draft(policy=policy, plan=plan, qtable=qtable))
+    return drafts
+
+
+def _times(
+    run: Run,
+    levels: Mapping[str, Sequence[Precision | None]],
+    drafts: Sequence[_Draft],
+    sample: Feeds,
+) -> Mapping[str, Array]:
+    """Return the milliseconds of each layer at each level, in the target's own engine."""
+    assert run.graph is not None
+    entries = session_entries(run.target)
+    variants = [
+        Variant(
+            graph=build_quantized(run.graph, d.plan, d.qtable, run.target, d.policy)[0],
+            plan=d.plan,
+            qparams=d.qtable.qparams,
+            config={**entries, **entries_for(d.plan, run.target, run.options.accuracy_level)},
+        )
+        for d in drafts
+    ]
+    found = time_layers(
+        run.graph,
+        levels,
+        variants,
+        sample,
+        engine_of(run.target),
+        threads=run.options.jobs or 1,
+        progress=run.progress,
+    )
+    if found.noisy:
+        run.notes.append(
+            f"NOISY TIMES: the runs of {len(found.noisy)} of {len(levels)} layers differ by more "
+            f"than a factor of {NOISE}. Something else uses this machine; the plan may not be the "
+            "fastest."
+        )
+    return found.milliseconds
+
+
+def _rounder(
+    levels: Mapping[str, Sequence[Precision | None]], drafts: Sequence[_Draft]
+) -> Callable[[Node, Precision], tuple[Array, Callable[[Array], Array]]]:
+    """Return a function that rounds a layer as a plan with this level would do it."""
+    keys = [_keys(draft.plan) for draft in drafts]
+    resident = [
+        {d.tensor: d.key for d in draft.plan.activations() if d.edges is None} for draft in drafts
+    ]
 
     def rounded(node: Node, level: Precision) -> tuple[Array, Callable[[Array], Array]]:
         number = levels[node.name].index(level)
-        table = tables[number][1].qparams
+        table = drafts[number].qtable.qparams
         weight = fake_quantize(array_of(node.inputs[1]), table[keys[number][node.name, 1]])
         key = keys[number].get((node.name, 0), resident[number].get(node.inputs[0].name))
         if key is None or level.activation is None:
@@ -189,7 +249,7 @@ def thinned(front: list[Point]) -> list[Point]:
 
 
 def _search(
-    run: Run, errors: list[LayerError], front: list[Point], budget: Budget
+    run: Run, errors: list[LayerError], front: list[Point], budget: Budget, folder: Path
 ) -> dict[int, float]:
     """Measure points of the front, by bisection; return the score of each that was measured."""
     measured: dict[int, float] = {}
@@ -199,7 +259,7 @@ def _search(
         error = budget.error
         guess = next((i for i, point in enumerate(front) if point.error <= error), high)
     while low <= high and len(measured) < MOST_TRIALS:
-        measured[guess] = _measured(run, errors, front[guess], budget)
+        measured[guess] = _measured(run, errors, front[guess], budget, _file(folder, guess))
         if measured[guess] >= budget.wanted:
             high = guess - 1
         else:
@@ -208,17 +268,55 @@ def _search(
     return measured
 
 
-def _measured(run: Run, errors: list[LayerError], point: Point, budget: Budget) -> float:
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"plan{number}.onnx"
+
+
+def _measured(
+    run: Run, errors: list[LayerError], point: Point, budget: Budget, path: Path
+) -> float:
+    """Build the plan of a point as `path`, and return its score; -inf where nothing is left."""
     try:
         _apply(run, errors, point)
     except ModelError:  # nothing is left to quantize
         return float("-inf")
     quantize(run)
     assert run.quantized is not None
-    with tempfile.TemporaryDirectory(prefix="qpass-mixed-") as folder:
-        path = Path(folder, "trial.onnx")
-        save_model(run.quantized, path, metadata=metadata_of(run))
-        return budget.score(path)
+    save_model(run.quantized, path, metadata=metadata_of(run))
+    return budget.score(path)
+
+
+def _add_uniform(front: list[Point], errors: list[LayerError], times: Sequence[Array]) -> int:
+    """Put the plan that leaves no layer in float behind the front; return its number.
+
+    The times of layers alone do not see what float layers between integer ones cost, so this plan
+    competes with those of the front, whatever its sum.
+    """
+    levels = tuple(
+        max(number for number, level in enumerate(layer.levels) if level is not None)
+        for layer in errors
+    )
+    uniform = Point(
+        size=sum(float(own[i]) for own, i in zip(times, levels, strict=True)),
+        error=sum(layer.errors[i] for layer, i in zip(errors, levels, strict=True)),
+        levels=levels,
+    )
+    known = [point.levels for point in front]
+    if levels in known:
+        return known.index(levels)
+    front.append(uniform)
+    return len(front) - 1
+
+
+def _model_times(run: Run, numbers: Sequence[int], folder: Path, sample: Feeds) -> dict[int, float]:
+    """Return the milliseconds of whole plans that were built, interleaved."""
+    engine = engine_of(run.target)
+    paths = [_file(folder, number) for number in numbers]
+    configs = [
+        {**session_entries(run.target), **recorded_entries(read_metadata(path))} for path in paths
+    ]
+    found = time_models(engine, paths, configs, sample, threads=run.options.jobs or 1)
+    return dict(zip(numbers, found, strict=True))
 
 
 def _apply(run: Run, errors: list[LayerError], point: Point) -> None:
@@ -238,35 +336,6 @@ def _apply(run: Run, errors: list[LayerError], point: Point) -> None:
         float_nodes={**given, **floats},
     )
     run.plan, run.policy = make_plan(run.graph, run.target, policy), policy
-
-
-def sqnr_budget(run: Run, wanted: float, held: Sequence[Feeds]) -> Budget:
-    """Return the budget of `--min-sqnr`: the worst output on held-out samples, in dB."""
-    reference = Reference.run(run.source, held, threads=run.options.jobs)
-    engine: EngineName = "openvino" if run.target.engine == "openvino" else "ort"
-
-    def score(path: Path) -> float:
-        assert run.plan is not None
-        entries = entries_for(run.plan, run.target, run.options.accuracy_level)
-        config = {**session_entries(run.target), **entries} if engine == "ort" else {}
-        runner = open_engine(engine, path, session_config=config, threads=run.options.jobs)
-        meters = [ErrorMeter() for _ in runner.output_names]
-        for feeds, expected in zip(reference.feeds, reference.outputs, strict=True):
-            for meter, a, b in zip(meters, expected, runner.run(dict(feeds)), strict=True):
-                meter.update(a, b)
-        return min(meter.sqnr_db for meter in meters)
-
-    return Budget(name="SQNR in dB", wanted=wanted, score=score, error=10.0 ** (-wanted / 10.0))
-
-
-def metric_budget(function: str, wanted_drop: float, source: Path) -> Budget:
-    """Return the budget of `--max-drop`: the user's metric `function`, larger is better."""
-    name, float_value = score_file(function, source)
-    return Budget(
-        name=name,
-        wanted=float_value - wanted_drop,
-        score=lambda path: score_file(function, path)[1],
-    )
 
 
 def search(run: Run, held: Sequence[Feeds]) -> None:
@@ -292,45 +361,3 @@ def search(run: Run, held: Sequence[Feeds]) -> None:
         assert options.min_sqnr is not None
         budget = sqnr_budget(run, options.min_sqnr, held)
     run.mixed = choose_bits(run, list(held[:SAMPLES]), budget)
-
-
-def _report(
-    errors: list[LayerError],
-    front: list[Point],
-    measured: Mapping[int, float],
-    chosen: int,
-    budget: Budget,
-    float_bytes: float,
-) -> MixedReport:
-    best = front[chosen]
-    return MixedReport(
-        budget=budget.name,
-        wanted=budget.wanted,
-        met=measured[chosen] >= budget.wanted,
-        points=tuple(
-            MixedPoint(
-                weight_bytes=int(point.size),
-                share_of_float=point.size / max(float_bytes, 1.0),
-                predicted_db=-10.0 * float(np.log10(max(point.error, 1e-20))),
-                measured=measured.get(number),
-                chosen=number == chosen,
-            )
-            for number, point in enumerate(front)
-        ),
-        layers=tuple(
-            MixedChoice(
-                name=layer.name,
-                bits=_text(layer.levels[number]),
-                error_db=tuple(
-                    (_text(level), -10.0 * float(np.log10(max(error, 1e-20))))
-                    for level, error in zip(layer.levels, layer.errors, strict=True)
-                    if level is not None
-                ),
-            )
-            for layer, number in zip(errors, best.levels, strict=True)
-        ),
-    )
-
-
-def _text(level: Precision | None) -> str:
-    return "float" if level is None else str(level)

@@ -13,6 +13,7 @@ CalibrateMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
 CompensateMethod = Literal["cwac", "bias", "qwt", "nbc", "none"]
 FitMethod = Literal["ls", "mm"]
 UnifiedNormMode = Literal["auto", "off"]
+MixedCost = Literal["size", "latency"]
 RotateMode = Literal["none", "heads", "stream", "all"]
 RoundMethod = Literal["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]
 WeightRange = Literal["auto", "minmax", "mse", "percentile"]
@@ -74,6 +75,7 @@ class Options:
     keep: tuple[str, ...] = ()
     bits: tuple[str, ...] = ()  # PATTERN=wNaM: precision of single nodes
     mixed: bool = False  # more bits for some layers, for the budget of min_sqnr or max_drop
+    mixed_cost: MixedCost = "size"  # bytes of the weights, or time of the layers on this machine
     low_bit_edges: bool = False  # stem and head may go below 8 bits
     block_size: int | None = None  # rows with one scale, weights only; None: 32 below 8 bits
     asymmetric_weights: bool = False  # weights only: a zero point for each scale
@@ -124,6 +126,15 @@ class Options:
         if self.mixed and self.min_sqnr is None and self.max_drop is None:
             raise RecipeError(
                 "--mixed needs a budget", fix="give --min-sqnr, or --max-drop and --eval"
+            )
+        if self.mixed_cost not in get_args(MixedCost):
+            raise RecipeError(
+                f"there is no --mixed-cost {self.mixed_cost}", fix="use size or latency"
+            )
+        if self.mixed_cost != "size" and not self.mixed:
+            raise RecipeError(
+                f"--mixed-cost {self.mixed_cost} is for --mixed",
+                fix="give --mixed, or leave --mixed-cost out",
             )
         if self.max_drop is not None and self.eval is None:
             raise RecipeError("--max-drop needs --eval", fix="give --eval module:callable")

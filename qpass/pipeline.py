@@ -22,6 +22,7 @@ from qpass.choose import WIDE_BITS, QTable, choose_qtable
 from qpass.errors import RecipeError
 from qpass.frozen import check_names, read_scales, solve_ranges
 from qpass.graph import Graph
+from qpass.layer_latency import engine_of
 from qpass.modelfile import load_model
 from qpass.options import ROUND_WITH_DATA
 from qpass.passes.absorb_scales import absorb_scales
@@ -59,6 +60,8 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         check_torch("--round adaround")
     if run.options.tune:
         check_torch("--tune")
+    if run.options.mixed_cost == "latency":
+        engine_of(run.target)  # an error now, not after the calibration
     with run.stages.stage("load"):
         run.graph = load_model(run.source, opset=run.target.opset)
     with run.stages.stage("normalize"):

@@ -82,6 +82,40 @@ def slice_nodes(
     return [node for node in graph.nodes if id(node) in wanted], list(used)
 
 
+def cut(
+    graph: Graph, available: Feeds, outputs: Sequence[str], *, static: bool = False
+) -> onnx.ModelProto:
+    """Return the slice of a graph from available tensors to `outputs` as a model of its own.
+
+    Args:
+        graph: where the slice is taken from.
+        available: tensors that can be fed, with an array of the dtype and rank they have.
+        outputs: names of the tensors to compute.
+        static: give the inputs the shapes of the arrays; otherwise only their rank is said.
+
+    Raises:
+        InternalError: an output needs a tensor that is neither available nor made by a node.
+    """
+    nodes, inputs = slice_nodes(graph, available, outputs)
+    constants = {
+        tensor.name: tensor
+        for node in nodes
+        for tensor in (*node.inputs, *node.captured)
+        if isinstance(tensor, Constant)
+    }
+    piece = helper.make_graph(
+        [graph.proto_of(node) for node in nodes],
+        "piece",
+        [_input_info(name, available[name], static=static) for name in inputs],
+        # Engines infer what outputs are; a wrong guess here would be an error there.
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        [numpy_helper.from_array(array_of(c), name) for name, c in constants.items()],
+    )
+    return helper.make_model(
+        piece, opset_imports=graph.header.opset_import, ir_version=graph.header.ir_version
+    )
+
+
 class Submodel:
     """A session for the slice of a graph from available tensors to `outputs`.
 
@@ -106,29 +140,10 @@ class Submodel:
             optimize: let the engine fuse; False runs node by node as the graph says.
             threads: threads of the session, None for the engine's choice.
         """
-        nodes, inputs = slice_nodes(graph, available, outputs)
+        model = cut(graph, available, outputs)
         self.outputs = tuple(outputs)
-        self.inputs = tuple(inputs)
-        self.ops = tuple(node.op for node in nodes)
-        constants = {
-            tensor.name: tensor
-            for node in nodes
-            for tensor in (*node.inputs, *node.captured)
-            if isinstance(tensor, Constant)
-        }
-        piece = helper.make_graph(
-            [graph.proto_of(node) for node in nodes],
-            "piece",
-            [_input_info(name, available[name]) for name in inputs],
-            # Engines infer what outputs are; a wrong guess here would be an error there.
-            [onnx.ValueInfoProto(name=name) for name in outputs],
-            [numpy_helper.from_array(array_of(c), name) for name, c in constants.items()],
-        )
-        model = helper.make_model(
-            piece,
-            opset_imports=graph.header.opset_import,
-            ir_version=graph.header.ir_version,
-        )
+        self.inputs = tuple(value.name for value in model.graph.input)
+        self.ops = tuple(node.op_type for node in model.graph.node)
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         # Runs are short and many: threads that wait in a loop take the time of those that work.
@@ -154,6 +169,7 @@ class Submodel:
         return dict(zip(self.outputs, arrays, strict=True))
 
 
-def _input_info(name: str, array: Array) -> onnx.ValueInfoProto:
+def _input_info(name: str, array: Array, *, static: bool) -> onnx.ValueInfoProto:
     dtype = helper.np_dtype_to_tensor_dtype(np.asarray(array).dtype)
-    return helper.make_tensor_value_info(name, dtype, [None] * np.ndim(array))
+    shape = np.shape(array) if static else [None] * np.ndim(array)
+    return helper.make_tensor_value_info(name, dtype, shape)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 SCHEMA: Final = 1
 Real: TypeAlias = float  # for classes with a field called `float`
@@ -188,7 +188,9 @@ class MixedPoint:
     """One plan of the search for bits: its weights, and its accuracy as predicted and measured.
 
     `predicted_db` is 10 log10 of the output's power over the sum of the layers' errors; `measured`
-    is in the unit of the budget, None where the plan was not built.
+    is in the unit of the budget, None where the plan was not built. `layers_ms` is the sum of its
+    layers, each timed alone, where that is the cost, and `model_ms` the whole model as it was timed
+    beside the others that met the budget. Weights count either way.
     """
 
     weight_bytes: int
@@ -196,27 +198,37 @@ class MixedPoint:
     predicted_db: float
     measured: float | None = None
     chosen: bool = False
+    layers_ms: float | None = None
+    model_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedChoice:
-    """What one layer got, and what each of its levels costs at the outputs of the model, in dB."""
+    """What one layer got, and what each of its levels costs at the outputs of the model, in dB.
+
+    `level_ms` is the time of the layer alone at each level, float among them; () where the cost is
+    size.
+    """
 
     name: str
     bits: str
     error_db: tuple[tuple[str, float], ...]
+    level_ms: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedReport:
-    """The search for the smallest plan that meets a budget of accuracy."""
+    """The search for the cheapest plan that meets a budget of accuracy."""
 
     budget: str
     wanted: float
     met: bool
-    points: tuple[MixedPoint, ...]  # no other plan is smaller and better; smallest first
+    # No other plan is cheaper and better; cheapest first. Where time is the cost, the plan without
+    # float layers is among them in any case.
+    points: tuple[MixedPoint, ...]
     layers: tuple[MixedChoice, ...]
     plan: str = ""  # file of the chosen plan
+    cost: Literal["size", "latency"] = "size"  # bytes of weights, or `layers_ms`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

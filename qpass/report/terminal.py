@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qpass.report import wording
-from qpass.report.mixed import POINT_COLUMNS, point_rows, verdict
+from qpass.report.mixed import point_columns, point_rows, verdict
 from qpass.report.model import Report
 
 MAX_LEFTOVERS: Final = 12
@@ -171,7 +171,8 @@ def _print_mixed(report: Report, console: Console) -> None:
         for row, point in zip(point_rows(report.mixed), report.mixed.points, strict=True)
         if point.measured is not None
     ]
-    print_table(console, "Mixed precision: plans that were measured", POINT_COLUMNS, rows)
+    columns = point_columns(report.mixed)
+    print_table(console, "Mixed precision: plans that were measured", columns, rows)
     _print_lines(console, "Bits", iter([_text(verdict(report.mixed))]))
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from qpass.report.html import page
-from qpass.report.mixed import front_chart, mixed_section, point_rows, verdict
+from qpass.report.mixed import front_chart, mixed_section, point_columns, point_rows, verdict
 from qpass.report.model import MixedChoice, MixedPoint, MixedReport, Report
 from qpass.report.terminal import print_summary
 
@@ -25,6 +25,19 @@ MIXED = MixedReport(
     ),
     layers=(MixedChoice(name="<fc>", bits="w4a8", error_db=(("w4a8", 21.0), ("w8a8", 45.0))),),
     plan="q.plan.json",
+)
+
+
+TIMED = replace(
+    MIXED,
+    cost="latency",
+    points=tuple(
+        replace(point, layers_ms=ms, model_ms=whole)
+        for point, ms, whole in zip(
+            MIXED.points, (0.25, 0.5, 1.5), (0.625, 0.75, None), strict=True
+        )
+    ),
+    layers=(replace(MIXED.layers[0], level_ms=(("w4a8", 0.25), ("float", 12.0))),),
 )
 
 
@@ -48,6 +61,47 @@ def test_a_metric_in_another_unit_stands_at_the_prediction() -> None:
     _, built, chosen = front_chart(replace(MIXED, budget="top1"))["data"]
     assert built["y"] == [11.0, 19.0]
     assert chosen["y"] == [19.0]
+
+
+def test_time_as_the_cost_has_its_unit() -> None:
+    assert "bytes of the weights" in verdict(MIXED)
+    text = verdict(TIMED)
+    assert "milliseconds of the layers" in text
+    assert "the fastest measured plan" in text
+    assert point_columns(TIMED) == (
+        "plan", "layers", "model", "weights", "of float", "predicted", "measured",
+    )  # fmt: skip
+    rows = point_rows(TIMED)
+    assert [row[1:3] for row in rows] == [("0.25 ms", "0.625 ms"), ("0.5 ms", "0.75 ms"),
+                                          ("1.5 ms", "-")]  # fmt: skip
+    assert [len(row) for row in rows] == [7, 7, 7]
+    assert [row[1:] for row in point_rows(MIXED)] == [row[3:] for row in rows]
+
+
+def test_the_chart_of_times() -> None:
+    figure = front_chart(TIMED)
+    assert figure["layout"]["xaxis"]["title"]["text"] == "sum of the layers (ms)"
+    predicted, _, chosen = figure["data"]
+    assert predicted["x"] == [0.25, 0.5, 1.5]
+    assert chosen["x"] == [0.5]
+    assert "ms" in predicted["hovertemplate"]
+    assert "of float" in front_chart(MIXED)["data"][0]["hovertemplate"]
+    part, _ = mixed_section(TIMED)
+    assert "w4a8 0.25 ms, float 12 ms" in part
+    assert "both faster" in part
+    assert "both smaller" in mixed_section(MIXED)[0]
+
+
+def test_json_and_terminal_of_times(report: Report) -> None:
+    with_it = replace(report, mixed=TIMED)
+    data = with_it.to_dict()["mixed"]
+    assert (data["cost"], data["points"][1]["layers_ms"]) == ("latency", 0.5)
+    assert data["points"][1]["weight_bytes"] == 1500
+    console = Console(file=io.StringIO(), width=120)
+    print_summary(with_it, console)
+    text = " ".join(console.file.getvalue().split())
+    assert "milliseconds of the layers" in text
+    assert "0.75 ms" in text
 
 
 def test_names_are_escaped() -> None:
