@@ -93,7 +93,8 @@ def optimize(
             `.rejected` in its name.
         precision: wNaM or wN.
         recipe: TOML file with options.
-        progress: called with (stage, samples done, samples in all or None).
+        progress: called with (stage, done, in all or None): samples of "calibrate", units of the
+            model in the stages that walk through it.
         options: fields of `qpass.options.Options`.
 
     Returns:
@@ -113,6 +114,7 @@ def optimize(
     if settings.report is not None:
         plotly_js()
     run = start(source, settings)
+    run.progress = progress
     engines_for(run)
     prepare(run)
     if run.policy.precision.simulated:

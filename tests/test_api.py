@@ -201,10 +201,21 @@ def test_too_little_memory_is_said_and_nothing_is_run(tmp_path: Path) -> None:
     assert any(note.startswith("NOT VERIFIED") for note in report.notes)
 
 
-def test_progress_counts_the_samples(tmp_path: Path) -> None:
+def test_progress_counts_the_samples_and_the_units(tmp_path: Path) -> None:
     calls: list[tuple[str, int, int | None]] = []
-    optimize(saved(small_model(), tmp_path), normal(), progress=lambda *call: calls.append(call))
-    assert calls[-1][:2] == ("calibrate", 9)
+    optimize(
+        saved(small_model(), tmp_path),
+        normal(),
+        precision="w4a8",
+        round="gptq",
+        progress=lambda *call: calls.append(call),
+    )
+    last = {stage: (done, total) for stage, done, total in calls}
+    assert last["calibrate"][0] == 9
+    walks = {stage: ends for stage, ends in last.items() if stage != "calibrate"}
+    assert "round (gptq)" in walks
+    assert any(stage.startswith("compensate") for stage in walks)
+    assert all(done == total and done > 1 for done, total in walks.values())
 
 
 # ------------------------------------------------------------------------ unusual models
