@@ -19,7 +19,7 @@ Preconditions
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -61,12 +61,8 @@ def key_channels(graph: Graph, shapes: Shapes) -> dict[str, Array]:
     if not products:
         return {}
     found: dict[str, Array] = {}
-    for node in graph.nodes:
-        if not is_weighted(node):
-            continue
+    for node in sources(graph, products, shapes, operands=(1,)):
         reached = _Reached()
-        if not leads_to(graph, node.outputs[0], products, operands=(1,)):
-            continue
         ids = channel_numbers(node, shapes)
         if ids is None:
             continue
@@ -99,18 +95,25 @@ class Shapes:
         """Return the value that `tensor` has for the sample."""
         if isinstance(tensor, Constant):
             return array_of(tensor)
-        if tensor.name not in self.known:
-            # From what is known already: in order of execution all questions are one forward.
-            alive = {**self.sample, **self.known}
-            piece = Submodel(self.graph, alive, [tensor.name])
-            self.known[tensor.name] = piece.run(alive)[tensor.name]
+        self.compute([tensor])
         return self.known[tensor.name]
+
+    def compute(self, tensors: Iterable[Tensor]) -> None:
+        """Find the values of several tensors in one run: a session for each takes far longer."""
+        names = [t.name for t in tensors if not isinstance(t, Constant)]
+        missing = [name for name in dict.fromkeys(names) if name not in self.known]
+        if missing:
+            alive = {**self.sample, **self.known}
+            self.known |= Submodel(self.graph, alive, missing).run(alive)
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the shape that `tensor` has for the sample."""
-        if tensor.shape is not None and all(isinstance(size, int) for size in tensor.shape):
-            return tuple(tensor.shape)
-        return self.value(tensor).shape
+        return tuple(tensor.shape) if self.is_known(tensor) else self.value(tensor).shape
+
+    @staticmethod
+    def is_known(tensor: Tensor) -> bool:
+        """True for a tensor whose shape the graph says."""
+        return tensor.shape is not None and all(isinstance(size, int) for size in tensor.shape)
 
 
 def feeds_softmax(graph: Graph, node: Node) -> bool:
@@ -163,6 +166,30 @@ def leads_to(
                 seen.add(id(reader))
                 waiting.extend(reader.outputs)
     return False
+
+
+def sources(
+    graph: Graph, products: Collection[int], shapes: Shapes, *, operands: Collection[int]
+) -> list[Node]:
+    """Return the linear ops that lead to operands of `products`; `shapes` then knows their ways."""
+    found = [
+        node
+        for node in graph.nodes
+        if is_weighted(node) and leads_to(graph, node.outputs[0], products, operands=operands)
+    ]
+    waiting, asked = [node.outputs[0] for node in found], {}
+    while waiting:
+        tensor = waiting.pop()
+        if not shapes.is_known(tensor):
+            asked[id(tensor)] = tensor
+        for reader, index in graph.consumers(tensor):
+            if reader.op in MOVERS and passes(reader, index):
+                asked |= {id(t): t for t in reader.inputs[1:] if t.name}
+                waiting.extend(reader.outputs)
+    # What only moves is worked out by numbers: its values are not needed.
+    starts = {id(node.outputs[0]) for node in found}
+    shapes.compute(t for t in asked.values() if id(t) in starts or t.dtype != np.float32)
+    return found
 
 
 def passes(node: Node, index: int) -> bool:

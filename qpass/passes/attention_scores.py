@@ -32,13 +32,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Constant, Graph, Node, Tensor, array_of
-from qpass.passes.attention import Shapes, channel_numbers, feeds_softmax, leads_to, moved, passes
+from qpass.passes.attention import (
+    Shapes,
+    channel_numbers,
+    feeds_softmax,
+    moved,
+    passes,
+    sources,
+)
 from qpass.passes.channel_affine import CLIP, ChannelAffine
 from qpass.passes.channel_gate import GatedAffine
 from qpass.passes.fold_affine import Site
 from qpass.report.model import Refusal
 from qpass.stream import Pair
-from qpass.units import is_weighted
 
 Array = NDArray[Any]
 Role = Literal["query", "key"]
@@ -92,11 +98,7 @@ def find_scores(graph: Graph, shapes: Shapes) -> dict[str, tuple[Scores, ...]]:
         return {}
     found: dict[tuple[int, int], Side] = {}  # by product and operand
     places = {node.name: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not is_weighted(node):
-            continue
-        if not leads_to(graph, node.outputs[0], products, operands=(0, 1)):
-            continue
+    for node in sources(graph, products, shapes, operands=(0, 1)):
         numbers = channel_numbers(node, shapes)
         if numbers is None:
             continue

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 ALPHAS: Final = tuple(round(0.1 * i, 1) for i in range(11))
-BETAS: Final = (0.25, 0.5, 0.75)
+BETAS: Final = (0.25, 0.4, 0.5, 0.6, 0.75)
 GAMMAS: Final = (0.0, 0.5, 1.0)
 CAPS: Final = 6
 # Scales stay within 2^+-12 of their mean: float32 weights and gains keep all of their digits, and
