@@ -21,7 +21,7 @@ from qpass.evidence import held_out_samples, open_data, take_batches, taps_of
 from qpass.files import check_folder, write_text
 from qpass.graph import Graph
 from qpass.migration import migrate_scales
-from qpass.mixed import search
+from qpass.mixed import SIMULATED, search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
 from qpass.options import ROUND_WITH_DATA, Options
 from qpass.passes.normalize import normalize
@@ -119,7 +119,7 @@ def optimize(
     prepare(run)
     if run.policy.precision.simulated:
         run.notes.append(
-            f"SIMULATED: the engines here compute {settings.precision} in float; the numbers show "
+            f"{SIMULATED} the engines here compute {settings.precision} in float; the numbers show "
             "the accuracy of the integers, not their speed."
         )
     held: list[Mapping[str, Any]] = []

@@ -49,6 +49,7 @@ Feeds = Mapping[str, Array]
 MOST_POINTS: Final = 33  # of the front that are looked at
 MOST_TRIALS: Final = 7
 SAMPLES: Final = 8  # to measure sensitivities with
+SIMULATED: Final = "SIMULATED:"  # begins the note of precisions that CPUs do not have
 FLOAT_BITS: Final = 32
 WHY: Final = "mixed precision: float, for the budget"
 
@@ -361,3 +362,6 @@ def search(run: Run, held: Sequence[Feeds]) -> None:
         assert options.min_sqnr is not None
         budget = sqnr_budget(run, options.min_sqnr, held)
     run.mixed = choose_bits(run, list(held[:SAMPLES]), budget)
+    assert run.plan is not None
+    if not any(Precision.parse(node.bits).simulated for node in run.plan.nodes if node.bits):
+        run.notes = [note for note in run.notes if not note.startswith(SIMULATED)]

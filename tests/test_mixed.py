@@ -127,6 +127,7 @@ def test_a_budget_that_the_lowest_bits_meet(model: Path) -> None:
     assert report.ok
     assert found.points[0].chosen
     assert {layer.bits for layer in found.layers} == {"w4a8", "w8a8"}  # stem and head keep 8
+    assert any(note.startswith("SIMULATED") for note in report.notes)
 
 
 def test_the_plan_is_a_file_that_makes_the_result_again(model: Path) -> None:

@@ -78,6 +78,7 @@ def test_fewer_bits_that_save_no_time_are_not_taken(
     assert report.ok
     assert {layer.bits for layer in found.layers} == {"w8a8"}
     assert set(widths(report.output).values()) == {8}
+    assert not any("SIMULATED" in note for note in report.notes)  # no layer has four bits
 
 
 def test_points_are_milliseconds_and_weights_keep_their_meaning(
