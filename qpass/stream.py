@@ -10,12 +10,15 @@ to what lies behind the linear ops where the caller says what its change does to
 (`Step.settle`). Both graphs carry the same names at the borders of units, because QDQ insertion
 leaves the names of the float tensors in place. Bodies of If, Loop and Scan run inside of their
 node.
+
+The float side need not run the float graph: `aim` is the same graph with some quantizers in it (see
+`weights_float`). Units and their borders are those of the float graph in any case.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +27,11 @@ from typing import Any, Final, Self
 from numpy.typing import NDArray
 
 from qpass.errors import PreconditionError
-from qpass.graph import Graph
+from qpass.graph import Graph, Node
 from qpass.live_tensors import LiveFeeds, Side, Store
 from qpass.program import Progress
 from qpass.submodel import Feeds, Submodel
-from qpass.units import Unit, split_into_units
+from qpass.units import Unit, split_into_units, uses_of
 
 Array = NDArray[Any]
 NEVER: Final = 1 << 60  # next use of a tensor that is an output of the graph
@@ -46,8 +49,9 @@ class Pair:
 class Tap:
     """What the linear op of a unit gives for one batch.
 
-    `float` and `quantized` are its outputs in the two graphs. `local` is what the float op makes of
-    the quantized graph's input (only where asked for). `also` holds the arrays of the extra pairs.
+    `float` and `quantized` are its outputs in the two graphs. `local` is what the op of the float
+    side makes of the quantized graph's input (only where asked for). `also` holds the arrays of the
+    extra pairs.
     """
 
     batch: int
@@ -83,6 +87,7 @@ class Stream:
         stage: str = "stream",
         progress: Progress | None = None,
         units: Sequence[Unit] | None = None,
+        aim: Graph | None = None,
     ) -> None:
         """Prepare the walk; nothing runs before the first step.
 
@@ -96,6 +101,8 @@ class Stream:
             stage: name of the stage for `progress`.
             progress: told after each unit (stage, units done, units in all).
             units: slices of `reference` to walk; by default those that end in its linear ops.
+            aim: what the float side runs, with the nodes of `reference` and maybe Q and DQ between
+                them; None: `reference` itself.
 
         Raises:
             PreconditionError: there are no batches.
@@ -107,8 +114,11 @@ class Stream:
         self._optimize, self._threads = optimize, threads
         self._stage, self._progress = stage, progress
         self._folder = tempfile.TemporaryDirectory(prefix="qpass-stream-")
-        self._uses = _uses_of(self.units)
+        self._uses = uses_of(self.units)
         self._position = 0
+        self.aim = reference if aim is None else aim
+        self.aims = {node.name: node for node in self.aim.nodes}
+        self._renamed = _renamed(reference, self.aims)
         given = {tensor.name for tensor in reference.inputs}
         self._output_names = [
             tensor.name for tensor in reference.outputs if tensor.inputs or tensor.name in given
@@ -153,6 +163,13 @@ class Stream:
                 self._progress(self._stage, number + 1, len(self.units))
         self._position = len(self.units)
 
+    def made(self, name: str) -> str:
+        """Return the name on the float side of what the maker of a float tensor makes.
+
+        Insertion of Q renames it where the old name has to stay behind DQ.
+        """
+        return self._renamed.get(name, name)
+
     def session(self, graph: Graph, side: Side, outputs: Sequence[str]) -> Submodel:
         """Make a session that computes `outputs` from what is alive."""
         return Submodel(
@@ -196,7 +213,7 @@ class Step:
 
         Args:
             quantized_tap: name of that output in the quantized graph where it differs.
-            local: also run the float op on the quantized graph's activations.
+            local: also run the op of the float side on the quantized graph's activations.
             also: tensors to fetch on the way: alive, or made from what is alive.
             keep: hold the quantized outputs for `settle`; on the first run of the unit alone.
 
@@ -213,14 +230,15 @@ class Step:
         quantized_names = [pair.quantized_name for pair in also]
         quantized_tap = quantized_tap or tap
         self._kept = quantized_tap if keep else None
-        float_session = self._float_session(tap, *float_names)
+        float_tap = stream.made(tap)
+        float_session = self._float_session(float_tap, *float_names)
         alive = stream.feeds("quantized", 0)
         session = stream.session(
             stream.quantized,
             "quantized",
             _distinct(quantized_tap, *(name for name in quantized_names if name not in alive)),
         )
-        local_session = stream.session(stream.reference, "quantized", [tap]) if local else None
+        local_session = stream.session(stream.aim, "quantized", [float_tap]) if local else None
         for batch in range(len(stream.batches)):
             wanted = self._run_float(float_session, batch)
             alive = stream.feeds("quantized", batch)
@@ -230,9 +248,9 @@ class Step:
             before = stream.feeds("float", batch)
             yield Tap(
                 batch=batch,
-                float=wanted[tap],
+                float=wanted[float_tap],
                 quantized=got[quantized_tap],
-                local=None if local_session is None else local_session.run(alive)[tap],
+                local=None if local_session is None else local_session.run(alive)[float_tap],
                 also=tuple(
                     (
                         wanted[left] if left in wanted else before[left],
@@ -264,7 +282,8 @@ class Step:
         self, tap: str, quantized_tap: str, *, local: bool, also: Sequence[Pair]
     ) -> Iterator[Tap]:
         stream = self._stream
-        session = stream.session(stream.reference, "quantized", [tap]) if local else None
+        tap = stream.made(tap)
+        session = stream.session(stream.aim, "quantized", [tap]) if local else None
         pairs = [Pair(float_name=tap, quantized_name=quantized_tap), *also]
         for batch, ((floating, quantized), *others) in enumerate(self.look(pairs)):
             alive = stream.feeds("quantized", batch)
@@ -275,6 +294,10 @@ class Step:
                 local=None if session is None else session.run(alive)[tap],
                 also=tuple(others),
             )
+
+    def output_of(self, node: str) -> str:
+        """Return the name on the float side of the first output of a node."""
+        return str(self._stream.aims[node].outputs[0].name)
 
     def look(
         self, pairs: Sequence[Pair], batches: Sequence[int] | None = None
@@ -287,7 +310,7 @@ class Step:
         stream = self._stream
         sides: list[tuple[Side, list[str], Submodel | None]] = []
         wanted: tuple[tuple[Side, Graph, list[str]], ...] = (
-            ("float", stream.reference, [pair.float_name for pair in pairs]),
+            ("float", stream.aim, [pair.float_name for pair in pairs]),
             ("quantized", stream.quantized, [pair.quantized_name for pair in pairs]),
         )
         for side, graph, names in wanted:
@@ -305,7 +328,7 @@ class Step:
     def _float_session(self, *taps: str) -> Submodel:
         alive = self._stream.feeds("float", 0)
         names = _distinct(*self.unit.outputs, *(name for name in taps if name not in alive))
-        return self._stream.session(self._stream.reference, "float", names)
+        return self._stream.session(self._stream.aim, "float", names)
 
     def _run_float(self, session: Submodel, batch: int) -> dict[str, Array]:
         results = session.run(self._stream.feeds("float", batch))
@@ -355,13 +378,14 @@ class Step:
                 store.drop(kept, "quantized", batch)
 
 
-def _uses_of(units: Sequence[Unit]) -> dict[str, list[int]]:
-    """Return for each tensor the numbers of the units that read it."""
-    uses: dict[str, list[int]] = {}
-    for number, unit in enumerate(units):
-        for name in unit.inputs:
-            uses.setdefault(name, []).append(number)
-    return uses
+def _renamed(reference: Graph, aims: Mapping[str, Node]) -> dict[str, str]:
+    """Return the outputs of nodes that have other names on the float side."""
+    return {
+        old.name: new.name
+        for node in reference.nodes
+        for old, new in zip(node.outputs, aims[node.name].outputs, strict=True)
+        if old.name != new.name
+    }
 
 
 def _distinct(*names: str) -> list[str]:

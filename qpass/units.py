@@ -7,7 +7,7 @@ single entry or exit is needed, so skips, U-Nets and graphs with several heads a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from qpass.graph import LINEAR_OPS, Constant, Graph, Node
@@ -72,6 +72,15 @@ def reads(node: Node) -> list[str]:
     return [
         t.name for t in (*node.inputs, *node.captured) if t.name and not isinstance(t, Constant)
     ]
+
+
+def uses_of(units: Sequence[Unit]) -> dict[str, list[int]]:
+    """Return for each tensor that comes from elsewhere the numbers of the units that read it."""
+    uses: dict[str, list[int]] = {}
+    for number, unit in enumerate(units):
+        for name in unit.inputs:
+            uses.setdefault(name, []).append(number)
+    return uses
 
 
 def _unit(

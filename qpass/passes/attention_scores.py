@@ -76,11 +76,16 @@ class Scores:
         """The linear op that gets the gains: of the two the one that runs last."""
         return (self.query if self.taker == "query" else self.key).linear
 
-    def sums(self, nodes: Mapping[str, Node]) -> ScoreSums:
-        """Return sums of nothing yet; `nodes` are those of the quantized graph by name."""
-        twin = nodes[self.product.name]
+    def sums(self, nodes: Mapping[str, Node], aims: Mapping[str, Node]) -> ScoreSums:
+        """Return sums of nothing yet.
+
+        Args:
+            nodes: those of the quantized graph by name.
+            aims: those of the graph that is aimed at.
+        """
+        wanted, twin = aims[self.product.name], nodes[self.product.name]
         left, right = (
-            Pair(float_name=self.product.inputs[i].name, quantized_name=twin.inputs[i].name)
+            Pair(float_name=wanted.inputs[i].name, quantized_name=twin.inputs[i].name)
             for i in (0, 1)
         )
         return ScoreSums(scores=self, pairs=(left, right))

@@ -5,10 +5,11 @@ What it does
     bring its output closest to the float model, and folds them into the weight scale and the bias.
     What lies behind sees the corrected output, so errors of earlier layers are met as well.
 Where it aims
-    ``global``: at the float model's own activations. ``local``: at what the float op makes of the
-    quantized input. The last linear op of a residual branch aims at the float *sum* minus the
-    quantized skip, so that the error of the skip is corrected where the branch joins it. Queries
-    and keys then get gains for the scores that they make together (see `attention_scores`).
+    ``global``: at the activations of the float model, or of another graph (`aim`). ``local``: at
+    what its op makes of the quantized input. The last linear op of a residual branch aims at the
+    float *sum* minus the quantized skip, so that the error of the skip is corrected where the
+    branch joins it. Queries and keys then get gains for the scores that they make together (see
+    `attention_scores`).
 Why it never makes things worse
     Samples are held out. A channel loses a correction that hurts on samples it was not fitted to
     (see `channel_gate`), and the whole is kept only where the model's outputs are surely closer to
@@ -115,6 +116,7 @@ def compensate(
     baseline: Graph | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    aim: Graph | None = None,
 ) -> Compensation:
     """Fold the best correction of every linear op into `quantized`, where it helps.
 
@@ -135,6 +137,7 @@ def compensate(
             are then not tried again. None: `quantized` as it comes.
         threads: threads of each session.
         progress: told after each unit.
+        aim: graph to come close to, see `Stream`; None: `reference`.
     """
     begin = time.perf_counter()
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
@@ -178,6 +181,7 @@ def compensate(
             threads=threads,
             stage=f"compensate ({candidate})",
             progress=progress,
+            aim=aim,
         ) as stream:
             walk = _walk(stream, options)
             outputs = list(stream.outputs())[first_held:]
@@ -238,7 +242,7 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
                     step,
                     graph,
                     nodes,
-                    original,
+                    stream.aims[original.name],
                     first_held=options.first_held,
                     ridge=options.ridge,
                 )
@@ -253,7 +257,7 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
         )
         skip = None
         if options.target == "global":
-            skip = skip_of(stream.reference, nodes, places, original)
+            skip = skip_of(stream.reference, nodes, places, original, stream.aims)
         look = partial(
             measure,
             step,
@@ -264,7 +268,7 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
             first_held=options.first_held,
         )
         scores = [
-            found.sums(nodes)
+            found.sums(nodes, stream.aims)
             for found in options.scores.get(original.name, ())
             if found.product.name in nodes
         ]

@@ -119,6 +119,7 @@ def compensate_blocks(
     ridges: Sequence[float] = RIDGES,
     threads: int | None = None,
     progress: Progress | None = None,
+    aim: Graph | None = None,
 ) -> BlockCompensation:
     """Add a compensation to every residual block of `quantized` where it helps.
 
@@ -133,6 +134,7 @@ def compensate_blocks(
         ridges: see `solve_gated_linear`.
         threads: threads of each session.
         progress: told after each block.
+        aim: graph to come close to, see `Stream`; None: `reference`.
     """
     begin = time.perf_counter()
     found = find_blocks(reference)
@@ -163,6 +165,7 @@ def compensate_blocks(
         stage=f"compensate ({method})",
         progress=progress,
         units=split_into_units(reference, ends),
+        aim=aim,
     ) as stream:
         walk = _walk(stream, {block.output: block for block in found.blocks}, options)
         outputs = list(stream.outputs())[options.first_held :]

@@ -123,7 +123,8 @@ def correct_between(
 
 
 def _correct_norm(step: Step, graph: Graph, site: NormSite, how: Between) -> NormChange | None:
-    sums = _measure(step, site.tap, site.axis, how.first_held, None)
+    pair = Pair(float_name=step.output_of(site.name), quantized_name=site.tap)
+    sums = _measure(step, [pair], site.axis, how.first_held)
     solved = solve_gated(
         sums.fit,
         ridge=how.ridge,
@@ -184,7 +185,9 @@ def _correct_at_runtime(
     place = find_runtime_place(graph, node)
     if not isinstance(place, RuntimePlace):
         return place
-    sums = _measure(step, place.tap, place.axis, how.first_held, skip)
+    pair = Pair(float_name=step.output_of(node.name), quantized_name=place.tap)
+    pairs = [pair, *([] if skip is None else [skip])]
+    sums = _measure(step, pairs, place.axis, how.first_held)
     if cancelled is not None:
         sums.fit = [without_means(moments, cancelled) for moments in sums.fit]
     kind = gain if how.gains else "none"
@@ -202,9 +205,9 @@ def _correct_at_runtime(
     return change
 
 
-def _measure(step: Step, tap: str, axis: int, first_held: int, skip: Pair | None) -> _Sums:
+def _measure(step: Step, pairs: Sequence[Pair], axis: int, first_held: int) -> _Sums:
+    """Sum up a tensor and, where there is a second pair, what is added to it."""
     sums = _Sums()
-    pairs = [Pair(float_name=tap, quantized_name=tap), *([] if skip is None else [skip])]
     for batch, ((floating, got), *others) in enumerate(step.look(pairs)):
         sums.extremes.update(got, floating, axis=axis)
         wanted = floating

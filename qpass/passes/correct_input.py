@@ -97,7 +97,7 @@ def correct_input(
         step: the unit that ends in the op.
         graph: the quantized graph of the walk.
         nodes: its nodes by name.
-        original: the op in the float graph.
+        original: the op in the float graph, or in the one that is aimed at.
         first_held: number of the first batch that nothing is fitted to.
         ridge: pull of the gains towards 1.
 

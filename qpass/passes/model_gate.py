@@ -62,10 +62,10 @@ class Verdict:
 
 
 def judge(wanted: Sequence[Feeds], before: Sequence[Feeds], after: Sequence[Feeds]) -> Verdict:
-    """Compare two models with the float one.
+    """Compare two models with the one that they should be: the float model, or what is aimed at.
 
     Args:
-        wanted: outputs of the float model by name, one mapping a batch.
+        wanted: outputs of that model by name, one mapping a batch.
         before: outputs of the model as it was.
         after: outputs of the changed model.
     """

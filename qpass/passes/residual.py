@@ -13,11 +13,23 @@ from qpass.stream import Pair
 
 
 def skip_of(
-    graph: Graph, nodes: Mapping[str, Node], places: Mapping[str, int], linear: Node
+    graph: Graph,
+    nodes: Mapping[str, Node],
+    places: Mapping[str, int],
+    linear: Node,
+    aims: Mapping[str, Node],
 ) -> Pair | None:
     """Return the other operand of the residual Add behind `linear`, if it is known by then.
 
     Of two branches that meet, the one that runs later is the one to correct the sum.
+
+    Args:
+        graph: the float graph.
+        nodes: those of the quantized graph by name.
+        places: where each node of the float graph stands.
+        linear: the op in the float graph.
+        aims: nodes by name of the graph that is aimed at, whose Add may read the operand behind a
+            Q.
     """
     out = linear.outputs[0]
     while True:
@@ -36,4 +48,5 @@ def skip_of(
     later = maker is not None and places[maker.name] > places[linear.name]
     if later or twin is None or twin.op != "Add" or other.shape is None or other.shape != out.shape:
         return None
-    return Pair(float_name=other.name, quantized_name=twin.inputs[1 - index].name)
+    wanted = aims[add.name].inputs[1 - index]
+    return Pair(float_name=wanted.name, quantized_name=twin.inputs[1 - index].name)

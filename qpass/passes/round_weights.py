@@ -150,6 +150,7 @@ def round_weights(
     iterations: int = 300,
     free_steps: Collection[str] = (),
     progress: Progress | None = None,
+    aim: Graph | None = None,
 ) -> Rounding:
     """Replace the integers of `quantized` by better ones, layer by layer.
 
@@ -166,6 +167,7 @@ def round_weights(
         iterations: of adaround, for each unit.
         free_steps: keys of activations whose step adaround may learn.
         progress: told after each unit.
+        aim: graph to come close to, see `Stream`; None: `reference`.
 
     Raises:
         RecipeError: adaround without torch.
@@ -189,8 +191,9 @@ def round_weights(
         stage=f"round ({method})",
         progress=progress,
         units=split_into_units(reference, ends),
+        aim=aim,
     ) as stream:
-        layers, refused = find_layers(reference, stream.quantized, numbers)
+        layers, refused = find_layers(reference, stream.quantized, numbers, stream.aims)
         for name, reason in refused.items():
             walk.refuse(name, f"{reason}: the nearest integers stay")
         for step in stream:
@@ -348,8 +351,7 @@ def _pairs(step: Step, layer: Layer, walk: _Walk) -> Iterator[tuple[Array, Array
     """
     aims = walk.method in UNITWISE
     weighted = None if layer.normed_sum is None else Weights(layer.normed_sum)
-    output, source = layer.original.outputs[0].name, layer.node.inputs[0].name
-    pairs = [Pair(float_name=output, quantized_name=source)]
+    pairs = [Pair(float_name=layer.output, quantized_name=layer.node.inputs[0].name)]
     if layer.skip is not None and (aims or weighted is not None):
         pairs.append(layer.skip)
     bias = layer.layout.along_channels(layer.bias().astype(np.float32))

@@ -52,6 +52,7 @@ def tune(
     holdout: float = 0.25,
     seed: int = 0,
     threads: int | None = None,
+    aim: Graph | None = None,
 ) -> Tuning:
     """Fold learned gains and offsets into `quantized` where the model gets better.
 
@@ -63,6 +64,7 @@ def tune(
         holdout: share of the batches that judge; at least one.
         seed: of the order of the batches.
         threads: of torch and of each session.
+        aim: graph to come close to, as for rounding and compensation; None: `reference`.
 
     Raises:
         RecipeError: torch is not there.
@@ -102,7 +104,7 @@ def tune(
         for site in sites
     ]
     names = [tensor.name for tensor in quantized.outputs]
-    wanted = _run(reference, batches, names, threads)
+    wanted = _run(reference if aim is None else aim, batches, names, threads)
     before = _run(quantized, batches[first_held:], names, threads)
     try:
         found = tune_channels(

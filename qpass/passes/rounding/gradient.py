@@ -233,8 +233,8 @@ def _output(stream: Stream, layer: Layer) -> Pair:
     """Return the output of a layer, its bias included."""
     slot = layer.site.bias_slot
     if slot is None or layer.site.bias_inside:
-        return Pair(float_name=layer.original.outputs[0].name, quantized_name=layer.site.tap)
-    add = stream.reference.node(slot.node.name)
+        return Pair(float_name=layer.output, quantized_name=layer.site.tap)
+    add = stream.aims[slot.node.name]
     return Pair(float_name=add.outputs[0].name, quantized_name=slot.node.outputs[0].name)
 
 

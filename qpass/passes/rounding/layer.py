@@ -28,6 +28,8 @@ class Layer:
 
     original, node
         It in the float and in the quantized graph.
+    output
+        Name of what it makes in the graph that is aimed at.
     skip
         The other operand of the residual sum behind it, if it is known by then.
     normed_sum
@@ -40,6 +42,7 @@ class Layer:
 
     original: Node
     node: Node
+    output: str
     layout: Layout
     site: Site
     numbers: QParams
@@ -90,7 +93,10 @@ class Layer:
 
 
 def find_layers(
-    reference: Graph, quantized: Graph, numbers: Mapping[str, QParams]
+    reference: Graph,
+    quantized: Graph,
+    numbers: Mapping[str, QParams],
+    aims: Mapping[str, Node] | None = None,
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Return the linear ops that can be rounded, and why others cannot, both by name.
 
@@ -98,7 +104,10 @@ def find_layers(
         reference: the float graph.
         quantized: the same graph after `insert_qdq`.
         numbers: of the weights, by name of the linear op.
+        aims: nodes by name of the graph that is aimed at; None: those of `reference`.
     """
+    if aims is None:
+        aims = {node.name: node for node in reference.nodes}
     nodes = {node.name: node for node in quantized.nodes}
     places = {node.name: i for i, node in enumerate(reference.nodes)}
     layers: dict[str, Layer] = {}
@@ -106,11 +115,12 @@ def find_layers(
     for original in reference.nodes:
         if original.name not in numbers:
             continue
-        found = _find_layer(quantized, nodes, original, numbers[original.name])
+        output = str(aims[original.name].outputs[0].name)
+        found = _find_layer(quantized, nodes, original, numbers[original.name], output)
         if isinstance(found, str):
             refused[original.name] = found
         else:
-            found.skip = skip_of(reference, nodes, places, original)
+            found.skip = skip_of(reference, nodes, places, original, aims)
             if found.skip is not None:
                 found.normed_sum = find_normed_sum(reference, original)
             layers[original.name] = found
@@ -118,7 +128,7 @@ def find_layers(
 
 
 def _find_layer(
-    graph: Graph, nodes: Mapping[str, Node], original: Node, numbers: QParams
+    graph: Graph, nodes: Mapping[str, Node], original: Node, numbers: QParams, output: str
 ) -> Layer | str:
     layout = layout_of(original)
     if isinstance(layout, str):
@@ -138,6 +148,7 @@ def _find_layer(
     return Layer(
         original=original,
         node=site.node,
+        output=output,
         layout=layout,
         site=site,
         numbers=numbers,

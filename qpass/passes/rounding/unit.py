@@ -115,7 +115,7 @@ def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
 def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Seen]:
     """Run the first of some batches, as many as `ELEMENTS` allow; maybe not even one sample."""
     skip = last.skip
-    wanted_names = [last.original.outputs[0].name, *([skip.float_name] if skip else [])]
+    wanted_names = [last.output, *([skip.float_name] if skip else [])]
     source, tap, target, got = (
         layer.node.inputs[0].name,
         layer.site.tap,
@@ -123,7 +123,7 @@ def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Se
         last.site.tap,
     )
     names = [source, tap, target, got, *([skip.quantized_name] if skip else [])]
-    floating = _Side(stream, "float", stream.reference, wanted_names)
+    floating = _Side(stream, "float", stream.aim, wanted_names)
     quantized = _Side(stream, "quantized", stream.quantized, names)
     found: list[_Seen] = []
     weighted = None if skip is None or last.normed_sum is None else Weights(last.normed_sum)
@@ -224,7 +224,10 @@ class _Side:
 
 
 class _Between:
-    """What lies between a layer and the last one in the float graph; works on elements."""
+    """What lies between a layer and the last one in the float graph; works on elements.
+
+    Quantizers that are aimed at are not in it: the slope of a staircase is zero or a jump.
+    """
 
     def __init__(self, graph: Graph, layer: Layer, last: Layer) -> None:
         self._graph = graph
