@@ -16,8 +16,8 @@ from qpass.calibrate import TapRequest, collect, input_specs, open_samples, save
 from qpass.calibrate import shard as take_shard
 from qpass.compare import LayerDifference, compare_layers
 from qpass.errors import ModelError, RecipeError
+from qpass.evidence import aim_notes, held_out_samples, open_data, take_batches, taps_of
 from qpass.evidence import calibrate as calibrate_run
-from qpass.evidence import held_out_samples, open_data, take_batches, taps_of
 from qpass.files import check_folder, write_text
 from qpass.graph import Graph
 from qpass.migration import migrate_scales
@@ -151,6 +151,7 @@ def optimize(
         if _fits(run, source, note=True):
             verify_and_repair(run, trial, held)
             compare_engines(run)
+            run.notes += aim_notes(run, held)
             run.runtime_costs = runtime_costs(run, trial, held, seconds=TIMING_SECONDS)
             with run.stages.stage("layers"):
                 run.layers = _layers(run, held[:LAYER_SAMPLES])

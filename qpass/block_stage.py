@@ -69,6 +69,7 @@ def _compensate_blocks(run: Run, graph: Graph) -> PassReport:
         run.batches,
         method="nbc" if run.options.compensate == "nbc" else "qwt",
         integer=integer_specs(run.target, run.policy.precision),
+        aim=run.aim,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         progress=run.progress,

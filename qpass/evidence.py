@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ from qpass.options import ROUND_WITH_DATA
 from qpass.plan import Plan
 from qpass.program import Progress
 from qpass.run import Run, model_key
+from qpass.weights_float import closeness_db
 
 COMPENSATION_SAMPLES: Final = 64  # two unknowns a channel: more samples change little
 VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
@@ -80,6 +81,22 @@ def held_out_samples(calibration: Samples, holdout: Samples) -> tuple[list[Any],
     return list(islice(iter(calibration), VERIFY_SAMPLES)), (
         "no sample was held out: the numbers below were measured on the calibration samples"
     )
+
+
+def aim_notes(run: Run, held: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how close the result is to the weights-float network, where there is one."""
+    if run.aim is None or not held:
+        return []
+    assert run.quantized is not None
+    quantizers = sum(node.op == "QuantizeLinear" for node in run.aim.nodes)
+    close = closeness_db(run.aim, run.quantized, held, threads=run.options.jobs)
+    options = run.options
+    fitted = options.round in ROUND_WITH_DATA or options.compensate != "none" or options.tune
+    aims = "weights were fitted to" if fitted and run.batches else "compared with"
+    return [
+        f"{aims} the network with float weights and the {quantizers} activation quantizers of "
+        f"--activation-scales: {close:.1f} dB against it on the samples of the verification"
+    ]
 
 
 def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from qpass.dtypes import STORAGE_TYPES, StorageType
 from qpass.errors import RecipeError
-from qpass.plan import Plan
+from qpass.plan import Decision, Plan
 from qpass.qparams import TensorSpec
 
 Array = NDArray[Any]
@@ -132,23 +132,38 @@ def solve_ranges(frozen: Mapping[str, FrozenScale], plan: Plan) -> dict[str, tup
         RecipeError: a type that the plan does not use there, a zero point outside of the integers,
             a scale or zero point that the target's kind of integers cannot have.
     """
-    specs: dict[str, list[TensorSpec]] = {}
+    meant = {decision.tensor: decision.spec for decision in meant_decisions(frozen, plan)}
+    return {name: _range(name, entry, meant[name]) for name, entry in frozen.items()}
+
+
+def meant_decisions(frozen: Mapping[str, FrozenScale], plan: Plan) -> tuple[Decision, ...]:
+    """Return the quantizers that the scales were made for, in the order of the plan.
+
+    Of a tensor with several they are the narrowest ones, or those of the entry's type.
+
+    Raises:
+        RecipeError: a type that the plan does not use there.
+    """
+    bits: dict[str, list[int]] = {}
     for decision in plan.activations():
-        specs.setdefault(decision.tensor, []).append(decision.spec)
-    return {name: _range(name, entry, specs[name]) for name, entry in frozen.items()}
+        bits.setdefault(decision.tensor, []).append(decision.spec.bits)
+    wanted = {name: _bits(name, entry, bits[name]) for name, entry in frozen.items()}
+    return tuple(d for d in plan.activations() if wanted.get(d.tensor) == d.spec.bits)
 
 
-def _range(name: str, entry: FrozenScale, specs: list[TensorSpec]) -> tuple[float, float]:
-    if entry.scale.ndim:
-        raise ValueError(f"{name} still has a scale for each channel")
-    bits = [spec.bits for spec in specs]
+def _bits(name: str, entry: FrozenScale, bits: list[int]) -> int:
     wanted = min(bits) if entry.storage is None else entry.storage.bits
     if wanted not in bits:
         raise RecipeError(
             f"the scale of {name} counts {wanted} bits, the plan has {sorted(set(bits))}",
             fix="change --precision, or the bits of the nodes that read it (--bits, or a plan)",
         )
-    spec = next(spec for spec in specs if spec.bits == wanted)
+    return wanted
+
+
+def _range(name: str, entry: FrozenScale, spec: TensorSpec) -> tuple[float, float]:
+    if entry.scale.ndim:
+        raise ValueError(f"{name} still has a scale for each channel")
     middle = 0 if spec.storage.signed else 1 << (spec.bits - 1)
     zero_point = middle if entry.zero_point is None else entry.zero_point
     if entry.zero_point is not None and entry.storage is not None:

@@ -20,7 +20,7 @@ from qpass.calibrate import (
 from qpass.calibrate.ranges import RangeChoice
 from qpass.choose import WIDE_BITS, QTable, choose_qtable
 from qpass.errors import RecipeError
-from qpass.frozen import check_names, read_scales, solve_ranges
+from qpass.frozen import check_names, meant_decisions, read_scales, solve_ranges
 from qpass.graph import Graph
 from qpass.layer_latency import engine_of
 from qpass.modelfile import load_model
@@ -43,6 +43,7 @@ from qpass.quantize import build_quantized, timed
 from qpass.report.model import PassReport
 from qpass.run import Run
 from qpass.trial import TRIAL_SAMPLES, try_methods
+from qpass.weights_float import weights_float
 
 STATIC_SAMPLES: Final = 64  # a gain, an offset and a ridge regression for each norm
 LAYER_SAMPLES: Final = 2
@@ -108,7 +109,7 @@ def _rewrite_patches(run: Run, graph: Graph) -> None:
 
 
 def _freeze_scales(run: Run, path: Path) -> None:
-    """Pin the ranges that give the activation scales of a file back."""
+    """Pin the ranges that give the activation scales of a file back, and aim at these scales."""
     options = run.options
     if options.rotate != "none" or options.rms_norm or options.static_norm is not None:
         raise RecipeError(
@@ -122,8 +123,12 @@ def _freeze_scales(run: Run, path: Path) -> None:
     frozen, report = absorb_scales(run.graph, frozen)
     run.passes.append(report)
     ranges = solve_ranges(frozen, run.plan)
+    own = {name: entry for name, entry in frozen.items() if name not in run.policy.ranges}
     run.policy = replace(run.policy, ranges={**ranges, **run.policy.ranges})
     run.plan = make_plan(run.graph, run.target, run.policy)
+    # Made once: a repair may give up quantizers that the network was trained with all the same.
+    if own:
+        run.aim = weights_float(run.graph, run.plan, meant_decisions(own, run.plan))
 
 
 def _edited_policy(run: Run, path: Path) -> Policy:
@@ -183,7 +188,7 @@ def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
         return
     with run.stages.stage("trial"):
         trial = try_methods(
-            run.graph.to_model(inline=True),
+            (run.aim or run.graph).to_model(inline=True),
             lambda method: _draft(run, method).to_model(inline=True),
             samples[:TRIAL_SAMPLES],
             run.target,
@@ -248,6 +253,7 @@ def _compensate(run: Run, graph: Graph, table: QTable) -> PassReport:
         fit=run.options.fit,
         runtime_ops=run.options.allow_runtime_ops and run.target.scheme != "full",
         baseline=run.plain if rounded else None,
+        aim=run.aim,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         progress=run.progress,
@@ -305,6 +311,7 @@ def _tune(run: Run, graph: Graph) -> PassReport:
         graph,
         run.batches,
         steps=run.options.tune,
+        aim=run.aim,
         seed=run.options.seed,
         threads=run.options.jobs,
     )
@@ -377,6 +384,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         run.batches,
         numbers,
         method=method,
+        aim=run.aim,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         seed=run.options.seed,

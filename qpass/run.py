@@ -72,6 +72,7 @@ class Run:
     quantized: Graph | None = None
     batches: list[Mapping[str, Any]] = field(default_factory=list)  # to compensate with
     scaled: Mapping[str, Any] = field(default_factory=dict)  # by migration: its key, linear ops
+    aim: Graph | None = None  # weights-float network of frozen scales, see `weights_float`
     rounding: tuple[Plan, Rounding] | None = None  # of the weights, and for which plan
     compensation: Compensation | None = None
     block_compensation: BlockCompensation | None = None
