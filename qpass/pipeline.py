@@ -188,7 +188,7 @@ def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
         return
     with run.stages.stage("trial"):
         trial = try_methods(
-            (run.aim or run.graph).to_model(inline=True),
+            run.graph.to_model(inline=True),
             lambda method: _draft(run, method).to_model(inline=True),
             samples[:TRIAL_SAMPLES],
             run.target,

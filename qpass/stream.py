@@ -178,6 +178,7 @@ class Stream:
             outputs,
             optimize=self._optimize,
             threads=self._threads,
+            qdq_in_float=graph is self.aim and graph is not self.reference,
         )
 
     def outputs(self) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:

@@ -24,7 +24,9 @@ _ERRORS_ONLY: Final = 3  # onnxruntime's log level
 _AS_REQUESTED: Final = 1  # an arena grows by what is asked for, not to the next power of two
 # Where integer products saturate, Q, DQ and the ops between them run one by one, in float, which is
 # what the file says. The exact integer kernels of `qpass.saturation` will not do: version 1.31
-# fails to make them where weights have no zero points or share them.
+# fails to make them where weights have no zero points or share them. It also keeps float weights
+# behind a DQ as they are: the engine rounds them to 8 bits at load where a Q follows
+# (WeightBiasQuantization, microsoft/onnxruntime pull request 22969).
 _QDQ_IN_FLOAT: Final = ("session.disable_quant_qdq", "1")
 # With static shapes it turns an integer MatMul in front of a float Add into a float Gemm, and
 # where the activations are signed version 1.31 then refuses the Q in front ("output_dtype INT8
@@ -130,6 +132,7 @@ class Submodel:
         *,
         optimize: bool = True,
         threads: int | None = None,
+        qdq_in_float: bool = False,
     ) -> None:
         """Build the session.
 
@@ -139,6 +142,8 @@ class Submodel:
             outputs: names of the tensors to compute.
             optimize: let the engine fuse; False runs node by node as the graph says.
             threads: threads of the session, None for the engine's choice.
+            qdq_in_float: run Q and DQ one by one, and what is between them in float: for a graph
+                with activation quantizers and float weights.
         """
         model = cut(graph, available, outputs)
         self.outputs = tuple(outputs)
@@ -150,7 +155,7 @@ class Submodel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        if saturates():
+        if qdq_in_float or saturates():
             options.add_session_config_entry(*_QDQ_IN_FLOAT)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -60,9 +60,7 @@ def closeness_db(
     """
     names = [tensor.name for tensor in aim.outputs]
     wanted, got = (
-        [session.run(feeds) for feeds in samples]
-        for session in (
-            Submodel(graph, samples[0], names, threads=threads) for graph in (aim, quantized)
-        )
+        Submodel(graph, samples[0], names, threads=threads, qdq_in_float=graph is aim)
+        for graph in (aim, quantized)
     )
-    return total_sqnr_db(wanted, got)
+    return total_sqnr_db([wanted.run(s) for s in samples], [got.run(s) for s in samples])

@@ -104,7 +104,7 @@ def tune(
         for site in sites
     ]
     names = [tensor.name for tensor in quantized.outputs]
-    wanted = _run(reference if aim is None else aim, batches, names, threads)
+    wanted = _run(aim or reference, batches, names, threads, qdq_in_float=aim is not None)
     before = _run(quantized, batches[first_held:], names, threads)
     try:
         found = tune_channels(
@@ -172,7 +172,12 @@ def _fold(reference: Graph, graph: Graph, affines: dict[str, ChannelAffine]) -> 
 
 
 def _run(
-    graph: Graph, batches: Sequence[Feeds], names: Sequence[str], threads: int | None
+    graph: Graph,
+    batches: Sequence[Feeds],
+    names: Sequence[str],
+    threads: int | None,
+    *,
+    qdq_in_float: bool = False,
 ) -> list[Feeds]:
-    session = Submodel(graph, batches[0], names, threads=threads)
+    session = Submodel(graph, batches[0], names, threads=threads, qdq_in_float=qdq_in_float)
     return [session.run(batch) for batch in batches]

@@ -1,0 +1,121 @@
+"""Networks with activation scales of their own: quantized, and as they would be with float weights.
+
+Scales are powers of two, so that numbers on their grid stay exact in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qpass.choose import choose_qtable
+from qpass.graph import Constant, Graph
+from qpass.passes.insert_qdq import insert_qdq
+from qpass.plan import Plan
+from qpass.planner import plan as make_plan
+from qpass.qparams import QParams, choose_qparams
+from qpass.targets import load_target
+from qpass.weights_float import weights_float
+from tests.rounded import numbers_of
+from tests.small_models import Array, Feeds, feeds_of, policy_of, run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """A graph with all activation scales frozen: quantized, and the network to aim at."""
+
+    reference: Graph
+    graph: Graph
+    aim: Graph
+    plan: Plan
+    numbers: Mapping[str, QParams]  # of the weights, by linear op
+    activations: Mapping[str, QParams]  # by decision
+
+
+def frozen(reference: Graph, precision: str, target: str = "ort-x86") -> Frozen:
+    """Freeze the extremes of a few samples, with steps that are powers of two."""
+    where = load_target(target)
+    first = make_plan(reference, where, policy_of(precision, low_bit_edges=True))
+    ranges = coarse_ranges(reference, first, feeds_of(reference, 8))
+    policy = policy_of(precision, low_bit_edges=True, ranges=ranges)
+    plan = make_plan(reference, where, policy)
+    table = choose_qtable(reference, plan, {})
+    graph = reference.copy()
+    insert_qdq(graph, plan, table.qparams)
+    return Frozen(
+        reference=reference,
+        graph=graph,
+        aim=weights_float(reference, plan, [d for d in plan.activations() if d.pinned]),
+        plan=plan,
+        numbers=numbers_of(plan, table),
+        activations={d.key: table.qparams[d.key] for d in plan.activations()},
+    )
+
+
+def coarse_ranges(
+    reference: Graph, plan: Plan, feeds: Sequence[Feeds]
+) -> dict[str, tuple[float, float]]:
+    """Return the range of each activation, one for all that share a scale.
+
+    Of a tensor with two quantizers the narrower one counts.
+    """
+    wide_first = sorted(plan.activations(), key=lambda d: -d.spec.bits)
+    leaders = {d.group: d.tensor for d in reversed(list(plan.activations())) if d.group}
+    leader = {d.tensor: leaders[d.group] for d in plan.activations() if d.group}
+    specs = {d.tensor: d.spec for d in wide_first}
+    model = reference.to_model(taps=list(specs))
+    seen = [run(model, one) for one in feeds]
+    ranges = {}
+    for name, spec in specs.items():
+        values = np.concatenate(
+            [
+                (one if name in one else batch)[name].ravel()
+                for one, batch in zip(seen, feeds, strict=True)
+            ]
+        )
+        numbers = choose_qparams(spec, float(values.min()), float(values.max()))
+        scale = float(np.exp2(np.ceil(np.log2(float(numbers.scale)))))
+        zero = int(numbers.zero_point)
+        ranges[name] = (spec.qmin - zero) * scale, (spec.qmax - zero) * scale
+    return {name: ranges[leader.get(name, name)] for name in ranges}
+
+
+def with_float_weights(case: Frozen) -> Graph:
+    """Return the quantized graph with the float constant in place of each weight's DQ."""
+    graph = case.graph.copy()
+    for original in case.reference.nodes:
+        node = graph.node(original.name)
+        for index, tensor in enumerate(original.inputs):
+            maker = graph.producer(node.inputs[index])
+            if isinstance(tensor, Constant) and maker is not None:
+                graph.set_input(node, index, graph.constant(tensor.name, tensor.values))
+    graph.remove_unused()
+    return graph
+
+
+def outputs(graph: Graph, feeds: Sequence[Feeds]) -> Array:
+    """Return the first output for all batches, as the file says."""
+    model, name = graph.to_model(), graph.outputs[0].name
+    return np.concatenate([run(model, one)[name] for one in feeds])
+
+
+def on_the_grid(reference: Graph, precision: str, target: str = "ort-x86") -> Graph:
+    """Return a copy with weights and biases that the integers of a precision hold exactly."""
+    numbers = frozen(reference, precision, target).numbers
+    graph = reference.copy()
+    for node in graph.nodes:
+        if node.name not in numbers:
+            continue
+        own, weight = numbers[node.name], np.array(node.inputs[1].values)
+        others = tuple(i for i in range(weight.ndim) if i != own.axis % weight.ndim)
+        largest = np.abs(weight).max(axis=others, keepdims=True)
+        step = np.exp2(np.ceil(np.log2(largest / own.qmax))).astype(np.float32)
+        integers = np.rint(weight / step)
+        integers = np.where(np.abs(weight) == largest, np.sign(weight) * own.qmax, integers)
+        graph.set_input(node, 1, graph.constant(node.inputs[1].name, integers * step))
+        if len(node.inputs) > 2:
+            bias = np.rint(node.inputs[2].values * 64.0) / np.float32(64.0)
+            graph.set_input(node, 2, graph.constant(node.inputs[2].name, bias))
+    return graph
