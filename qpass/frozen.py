@@ -11,6 +11,9 @@ for tensors by name::
 ``type`` is the ONNX type that the zero point counts in; integers of the other sign are shifted by
 half of their range, which changes no value. In an npz file the scale of NAME is the entry ``NAME``
 and its zero point the entry ``NAME.zero_point``. A scale may be a vector, one for each channel.
+
+Rounding and compensation then aim at the network with these quantizers and float weights (see
+`weights_float`).
 """
 
 from __future__ import annotations
