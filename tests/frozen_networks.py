@@ -16,8 +16,9 @@ from qpass.passes.insert_qdq import insert_qdq
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.qparams import QParams, choose_qparams
-from qpass.targets import load_target
+from qpass.targets import Target
 from qpass.weights_float import weights_float
+from tests.planning import ORT
 from tests.rounded import numbers_of
 from tests.small_models import Array, Feeds, feeds_of, policy_of, run
 
@@ -34,13 +35,12 @@ class Frozen:
     activations: Mapping[str, QParams]  # by decision
 
 
-def frozen(reference: Graph, precision: str, target: str = "ort-x86") -> Frozen:
+def frozen(reference: Graph, precision: str, target: Target = ORT) -> Frozen:
     """Freeze the extremes of a few samples, with steps that are powers of two."""
-    where = load_target(target)
-    first = make_plan(reference, where, policy_of(precision, low_bit_edges=True))
+    first = make_plan(reference, target, policy_of(precision, low_bit_edges=True))
     ranges = coarse_ranges(reference, first, feeds_of(reference, 8))
     policy = policy_of(precision, low_bit_edges=True, ranges=ranges)
-    plan = make_plan(reference, where, policy)
+    plan = make_plan(reference, target, policy)
     table = choose_qtable(reference, plan, {})
     graph = reference.copy()
     insert_qdq(graph, plan, table.qparams)
@@ -101,7 +101,7 @@ def outputs(graph: Graph, feeds: Sequence[Feeds]) -> Array:
     return np.concatenate([run(model, one)[name] for one in feeds])
 
 
-def on_the_grid(reference: Graph, precision: str, target: str = "ort-x86") -> Graph:
+def on_the_grid(reference: Graph, precision: str, target: Target = ORT) -> Graph:
     """Return a copy with weights and biases that the integers of a precision hold exactly."""
     numbers = frozen(reference, precision, target).numbers
     graph = reference.copy()
@@ -109,7 +109,8 @@ def on_the_grid(reference: Graph, precision: str, target: str = "ort-x86") -> Gr
         if node.name not in numbers:
             continue
         own, weight = numbers[node.name], np.array(node.inputs[1].values)
-        others = tuple(i for i in range(weight.ndim) if i != own.axis % weight.ndim)
+        axis = None if own.axis is None else own.axis % weight.ndim
+        others = tuple(i for i in range(weight.ndim) if i != axis)
         largest = np.abs(weight).max(axis=others, keepdims=True)
         step = np.exp2(np.ceil(np.log2(largest / own.qmax))).astype(np.float32)
         integers = np.rint(weight / step)
