@@ -29,7 +29,7 @@ from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.compensate import compensate
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
-from qpass.passes.patch_matmul import patches_to_matmul, wants_patch_matmul
+from qpass.passes.patch_matmul import patches_to_matmul
 from qpass.passes.round_weights import replay, round_weights, write_offsets
 from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
@@ -95,7 +95,7 @@ def _patches_as_products(run: Run) -> bool:
     Scales that a file brings belong to tensors of the model as it was trained.
     """
     static = run.policy.precision.activation is not None and run.policy.activations == "static"
-    return static and not run.options.activation_scales and wants_patch_matmul(run.target)
+    return static and not run.options.activation_scales and run.target.rounds_convolutions
 
 
 def _rewrite_patches(run: Run, graph: Graph) -> None:

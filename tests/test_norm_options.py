@@ -32,13 +32,13 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({}, ["normalize", "unified-norm", "affine", "stream-bias"]),
-        ({"unified_norm": "off"}, ["normalize"]),
-        ({"unified_norm": "off", "rotate": "heads"}, ["normalize", "rotate-heads"]),
+        ({}, ["normalize", "unified-norm", "affine", "stream-bias", "patch-matmul"]),
+        ({"unified_norm": "off"}, ["normalize", "patch-matmul"]),
+        ({"unified_norm": "off", "rotate": "heads"}, ["normalize", "rotate-heads", "patch-matmul"]),
         (
             {"rotate": "all", "rms_norm": True},
             ["normalize", "unified-norm", "affine", "stream-bias", "norm-gain", "rotate-stream",
-             "rms-norm", "rotate-heads"],
+             "rms-norm", "rotate-heads", "patch-matmul"],
         ),
     ],
     ids=["default", "off", "heads", "everything"],

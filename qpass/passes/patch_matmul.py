@@ -26,19 +26,10 @@ import numpy as np
 from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.passes.normalize.folding import FoldResult, sole_reader
 from qpass.report.model import PassReport
-from qpass.targets.schema import Target
 
-NAME: Final = "patch_matmul"
+NAME: Final = "patch-matmul"
 RULE: Final = "patches as a product"
 KEPT: Final = 0  # in the target of a Reshape: the size that is there
-
-
-def wants_patch_matmul(target: Target) -> bool:
-    """Return whether this target rounds the output of a Conv, but not that of a MatMul."""
-    conv, product = target.rule_for("Conv"), target.rule_for("MatMul")
-    if conv is None or product is None:
-        return False
-    return conv.output == "required" and product.output == "float"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

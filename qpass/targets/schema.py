@@ -119,6 +119,14 @@ class Target:
         return rule is not None and bool(rule.kernel) and not rule.transposed
 
     @property
+    def rounds_convolutions(self) -> bool:
+        """True when a Q has to stand behind an integer Conv, but not behind a MatMul."""
+        conv, product = self.rule_for("Conv"), self.rule_for("MatMul")
+        if conv is None or product is None:
+            return False
+        return conv.output == "required" and product.output == "float"
+
+    @property
     def gathers_blocks(self) -> bool:
         """True when a kernel gathers rows from integer tables."""
         rule = self.weight_rule_for("Gather")

@@ -13,7 +13,7 @@ import qpass
 from qpass.graph import Graph
 from qpass.modelfile import save_model
 from qpass.passes.normalize import check_normalized, normalize
-from qpass.passes.patch_matmul import patches_to_matmul, wants_patch_matmul
+from qpass.passes.patch_matmul import patches_to_matmul
 from qpass.targets import TARGETS, load_target
 from tests.folds import graph_of
 from tests.oracle import ENGINES, Run, reference, relative_error
@@ -136,7 +136,7 @@ def test_other_convolutions_stay_without_a_word(body: str) -> None:
 
 
 def test_targets_whose_convolutions_may_stay_float_keep_them() -> None:
-    wanted = {name for name in TARGETS if wants_patch_matmul(load_target(name))}
+    wanted = {name for name in TARGETS if load_target(name).rounds_convolutions}
     assert wanted == {"ort-x86", "ort-x86-avx2", "ort-arm"}
 
 
