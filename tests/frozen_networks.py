@@ -35,10 +35,12 @@ class Frozen:
     activations: Mapping[str, QParams]  # by decision
 
 
-def frozen(reference: Graph, precision: str, target: Target = ORT) -> Frozen:
-    """Freeze the extremes of a few samples, with steps that are powers of two."""
+def frozen(
+    reference: Graph, precision: str, target: Target = ORT, *, coarse: float = 1.0
+) -> Frozen:
+    """Freeze the extremes of a few samples, with steps that are powers of two times `coarse`."""
     first = make_plan(reference, target, policy_of(precision, low_bit_edges=True))
-    ranges = coarse_ranges(reference, first, feeds_of(reference, 8))
+    ranges = coarse_ranges(reference, first, feeds_of(reference, 8), coarse)
     policy = policy_of(precision, low_bit_edges=True, ranges=ranges)
     plan = make_plan(reference, target, policy)
     table = choose_qtable(reference, plan, {})
@@ -55,7 +57,7 @@ def frozen(reference: Graph, precision: str, target: Target = ORT) -> Frozen:
 
 
 def coarse_ranges(
-    reference: Graph, plan: Plan, feeds: Sequence[Feeds]
+    reference: Graph, plan: Plan, feeds: Sequence[Feeds], coarse: float
 ) -> dict[str, tuple[float, float]]:
     """Return the range of each activation, one for all that share a scale.
 
@@ -76,7 +78,7 @@ def coarse_ranges(
             ]
         )
         numbers = choose_qparams(spec, float(values.min()), float(values.max()))
-        scale = float(np.exp2(np.ceil(np.log2(float(numbers.scale)))))
+        scale = float(np.exp2(np.ceil(np.log2(float(numbers.scale))))) * coarse
         zero = int(numbers.zero_point)
         ranges[name] = (spec.qmin - zero) * scale, (spec.qmax - zero) * scale
     return {name: ranges[leader.get(name, name)] for name in ranges}
@@ -117,6 +119,6 @@ def on_the_grid(reference: Graph, precision: str, target: Target = ORT) -> Graph
         integers = np.where(np.abs(weight) == largest, np.sign(weight) * own.qmax, integers)
         graph.set_input(node, 1, graph.constant(node.inputs[1].name, integers * step))
         if len(node.inputs) > 2:
-            bias = np.rint(node.inputs[2].values * 64.0) / np.float32(64.0)
+            bias = np.rint(node.inputs[2].values * 4.0) / np.float32(4.0)
             graph.set_input(node, 2, graph.constant(node.inputs[2].name, bias))
     return graph
