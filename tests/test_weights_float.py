@@ -18,7 +18,7 @@ from qpass.passes.compensate import compensate
 from qpass.passes.compensate_blocks import compensate_blocks
 from qpass.passes.model_gate import Verdict
 from qpass.passes.round_weights import Method, round_weights
-from qpass.stream import Stream
+from qpass.stream import Pair, Step, Stream
 from qpass.submodel import SKIPPED_OPTIMIZERS
 from qpass.targets import Target
 from qpass.units import split_into_units
@@ -224,6 +224,33 @@ def test_weights_on_the_grid_need_nothing(
     case = frozen(on_the_grid(model(), "w4a4", target), "w4a4", target)
     batches = quarters(case.reference, 8)
     assert fit(case, case.aim, method, batches).fingerprint() == case.graph.fingerprint()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("target", [ORT, FULL])
+@pytest.mark.parametrize(("fit", "method"), [(rounded, "unit"), (compensated, "cwac")])
+def test_both_sides_are_looked_at_in_the_same_place(
+    fit: Any, method: Any, target: Target, model: Callable[[], Graph], monkeypatch: Any
+) -> None:
+    """With all scales frozen a tensor has one name: skips, inputs, operands of scores, outputs."""
+    seen: list[Pair] = []
+    look, taps = Step.look, Step.taps
+
+    def spy_look(step: Step, pairs: Any, *rest: Any) -> Any:
+        seen.extend(pairs)
+        return look(step, pairs, *rest)
+
+    def spy_taps(step: Step, quantized_tap: str, **options: Any) -> Any:
+        name = step._stream.made(str(step.unit.tap))
+        seen.extend([Pair(float_name=name, quantized_name=quantized_tap), *options["also"]])
+        return taps(step, quantized_tap, **options)
+
+    monkeypatch.setattr(Step, "look", spy_look)
+    monkeypatch.setattr(Step, "taps", spy_taps)
+    case = frozen(model(), "w4a8", target)
+    fit(case, case.aim, method, feeds_of(case.reference, 8))
+    assert len(seen) >= len(case.numbers)
+    assert [pair for pair in seen if pair.float_name != pair.quantized_name] == []
 
 
 # ------------------------------------------------------------------ whole runs
