@@ -18,9 +18,10 @@ from qpass.passes.compensate import compensate
 from qpass.passes.compensate_blocks import compensate_blocks
 from qpass.passes.model_gate import Verdict
 from qpass.passes.round_weights import Method, round_weights
+from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.stream import Pair, Step, Stream
 from qpass.submodel import SKIPPED_OPTIMIZERS
-from qpass.targets import Target
+from qpass.targets import TARGETS, Target
 from qpass.units import split_into_units
 from qpass.verify.metrics import sqnr_db
 from qpass.weights_float import weights_float
@@ -32,6 +33,7 @@ from tests.small_models import Array, Feeds, feeds_of, residual_cnn, transformer
 MODELS: tuple[Callable[[], Graph], ...] = (residual_cnn, transformer)
 LINEAR = {f"node_{name}" for name in ("stem", "a", "b", "c", "logits")}
 ANY = FrozenScale(scale=np.array(1.0))
+SKIPS = {residual_cnn: 1, transformer: 2}
 ROUNDINGS: tuple[Method, ...] = ("auto", "gptq", "erq", "unit")
 TWO_READERS = "a = Conv (x, w) m = Conv (a, v) s = Add (a, m) c = Conv (s, v) y = Conv (c, w)"
 
@@ -227,10 +229,37 @@ def test_weights_on_the_grid_need_nothing(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("target", [ORT, FULL])
-@pytest.mark.parametrize(("fit", "method"), [(rounded, "unit"), (compensated, "cwac")])
-def test_both_sides_are_looked_at_in_the_same_place(
-    fit: Any, method: Any, target: Target, model: Callable[[], Graph], monkeypatch: Any
+@pytest.mark.parametrize("target", [ORT, TARGETS["qnn-htp"]])
+def test_layers_know_what_is_aimed_at(target: Target, model: Callable[[], Graph]) -> None:
+    """Of the skip what the sum reads, behind its Q; of the output of the graph what is in front."""
+    case = frozen(model(), "w4a8", target)
+    aims = {node.name: node for node in case.aim.nodes}
+    layers, _ = find_layers(case.reference, case.graph, case.numbers, aims)
+    assert sum(layer.skip is not None for layer in layers.values()) == SKIPS[model]
+    for layer in layers.values():
+        assert layer.output == layer.site.tap
+        assert layer.skip is None or layer.skip.float_name == layer.skip.quantized_name
+
+
+def test_rounding_asks_for_what_is_aimed_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Layer] = []
+
+    def spy(*arguments: Any) -> Any:
+        layers, refused = find_layers(*arguments)
+        found.extend(layers.values())
+        return layers, refused
+
+    monkeypatch.setattr("qpass.passes.round_weights.find_layers", spy)
+    case = frozen(residual_cnn(), "w4a8")
+    rounded(case, case.aim, "gptq", feeds_of(case.reference, 4))
+    (skip,) = [layer.skip for layer in found[: len(case.numbers)] if layer.skip is not None]
+    assert skip.float_name == skip.quantized_name == "x0_dequantized"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("target", [ORT, TARGETS["qnn-htp"]])
+def test_compensation_looks_at_both_sides_in_the_same_place(
+    target: Target, model: Callable[[], Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all scales frozen a tensor has one name: skips, inputs, operands of scores, outputs."""
     seen: list[Pair] = []
@@ -248,7 +277,7 @@ def test_both_sides_are_looked_at_in_the_same_place(
     monkeypatch.setattr(Step, "look", spy_look)
     monkeypatch.setattr(Step, "taps", spy_taps)
     case = frozen(model(), "w4a8", target)
-    fit(case, case.aim, method, feeds_of(case.reference, 8))
+    compensated(case, case.aim, "cwac", feeds_of(case.reference, 8))
     assert len(seen) >= len(case.numbers)
     assert [pair for pair in seen if pair.float_name != pair.quantized_name] == []
 
