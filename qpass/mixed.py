@@ -11,6 +11,7 @@ The cost is the bytes of the weights, or the time of the layers (`qpass.layer_la
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -270,7 +271,7 @@ def _search(
 
 
 def _file(folder: Path, number: int) -> Path:
-    return folder / f"plan{number}.onnx"
+    return folder / f"plan{number}" / "plan.onnx"
 
 
 def _measured(
@@ -283,8 +284,12 @@ def _measured(
         return float("-inf")
     quantize(run)
     assert run.quantized is not None
+    path.parent.mkdir()
     save_model(run.quantized, path, metadata=metadata_of(run))
-    return budget.score(path)
+    score = budget.score(path)
+    if run.options.mixed_cost == "size":  # whole models are timed later, others are done with
+        shutil.rmtree(path.parent)
+    return score
 
 
 def _add_uniform(front: list[Point], errors: list[LayerError], times: Sequence[Array]) -> int:

@@ -136,6 +136,13 @@ class Options:
                 f"--mixed-cost {self.mixed_cost} is for --mixed",
                 fix="give --mixed, or leave --mixed-cost out",
             )
+        activation = Precision.parse(self.precision).activation
+        if self.mixed and self.activation_scales and activation is not None and activation < 8:
+            raise RecipeError(
+                f"--mixed would give activations more bits than the {activation} that "
+                "--activation-scales counts",
+                fix="leave --mixed out, or choose 8-bit activations (--precision wNa8)",
+            )
         if self.max_drop is not None and self.eval is None:
             raise RecipeError("--max-drop needs --eval", fix="give --eval module:callable")
         if self.compensate not in get_args(CompensateMethod):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from qpass.api import make_options
 from qpass.choose import choose_qtable
 from qpass.dtypes import INT4, UINT8
 from qpass.errors import RecipeError
@@ -236,3 +237,10 @@ def test_frozen_scales_and_passes_that_change_activations_exclude_each_other(
     model = saved(small_model(), tmp_path)
     with pytest.raises(RecipeError, match="activations as they are"):
         optimize(model, normal(), activation_scales="s.json", static_norm=0.9)
+
+
+def test_frozen_scales_below_8_bits_exclude_a_search_that_changes_bits() -> None:
+    frozen = {"activation_scales": "s.json", "mixed": True, "min_sqnr": 10.0}
+    with pytest.raises(RecipeError, match="more bits than the 4"):
+        make_options(precision="w4a4", **frozen)
+    assert make_options(precision="w4a8", **frozen).mixed
