@@ -27,6 +27,7 @@ from qpass.calibrate import TensorStats
 from qpass.graph import LINEAR_OPS, Graph
 from qpass.migration_trial import Job, Trials
 from qpass.passes.equalize.apply import apply_scales, buy_mul
+from qpass.passes.equalize.bounds import smallest_scales
 from qpass.passes.equalize.gate import Choice, choose_scales, ideal_gain_db
 from qpass.passes.equalize.measure import Specs
 from qpass.passes.equalize.rows import SiteRows, Wanted, collect_rows
@@ -100,7 +101,7 @@ def equalize(graph: Graph, job: Job) -> Equalization:
     )
     found: list[_Migration] = []
     for number, (place, kept) in enumerate(zip(places, rows, strict=True)):
-        choice = _choose(place, kept, specs)
+        choice = _choose(place, kept, specs, job.stats)
         reason = choice if isinstance(choice, str) else _apply(draft, place, choice)
         if isinstance(choice, str) or reason:
             rule = RULE if isinstance(place, Site) else RULE_MUL
@@ -146,10 +147,14 @@ def _ideal_gain(place: Refused, specs: Specs, stats: Mapping[str, TensorStats]) 
     return max(ideal_gain_db(reader, low, high, specs) for reader in place.readers)
 
 
-def _choose(place: Site | Refused, rows: SiteRows, specs: Specs) -> Choice | str:
+def _choose(
+    place: Site | Refused, rows: SiteRows, specs: Specs, stats: Mapping[str, TensorStats]
+) -> Choice | str:
     if isinstance(place, Site):
-        shift = place.shift is not None
-        choice = choose_scales(place.readers, place.products, rows, specs, shift=shift)
+        shift, floor = place.shift is not None, smallest_scales(place, stats)
+        if floor is not None and floor.min() == 1.0:
+            return "all of its channels reach the ends of the Clip in front"
+        choice = choose_scales(place.readers, place.products, rows, specs, shift=shift, floor=floor)
         return choice if choice.sure else f"no sure gain ({choice.sentence})"
     choice = choose_scales(place.readers, (), rows, specs)
     if choice.sure and choice.gain_db >= MUL_SITE_DB:

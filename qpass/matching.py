@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -117,10 +118,16 @@ def is_absorbable(node: Node) -> bool:
     """
     if node.op != "Clip":
         return True
-    bounds = [t for t in node.inputs[1:] if t.name]
-    if not all(isinstance(bound, Constant) for bound in bounds):
-        return False
-    low, high = [*node.inputs[1:], None, None][:2]
-    above = low is None or not low.name or float(array_of(low)) <= 0.0
-    below = high is None or not high.name or float(array_of(high)) >= 0.0
-    return above and below
+    ends = clip_ends(node)
+    return ends is not None and ends[0] <= 0.0 <= ends[1]
+
+
+def clip_ends(node: Node) -> tuple[float, float] | None:
+    """Return where a Clip ends, infinite where it does not; None if that is not constant."""
+    ends = [-math.inf, math.inf]
+    for place, tensor in enumerate(node.inputs[1:3]):
+        if tensor.name:
+            if not isinstance(tensor, Constant):
+                return None
+            ends[place] = float(array_of(tensor))
+    return ends[0], ends[1]

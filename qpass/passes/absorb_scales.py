@@ -67,6 +67,8 @@ def _absorb(
     if site is None:
         reasons = [refusal.reason for refusal in refused if refusal.tensor == name]
         return reasons[0] if reasons else "nothing takes the ratios up"
+    if site.bounds:
+        return "a Clip in front would end elsewhere"
     reader = next((r for r in site.readers if r.linear.node.inputs[0] is tensor), None)
     if reader is None:
         return "a product of activations reads it"

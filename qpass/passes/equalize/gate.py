@@ -14,7 +14,7 @@ from qpass.passes.equalize.linear_error import QUICK_ELEMENTS, TINY
 from qpass.passes.equalize.measure import SHARES, Measure, Specs, largest_weights, weight_power
 from qpass.passes.equalize.rows import SiteRows
 from qpass.passes.equalize.site import Product, Reader
-from qpass.passes.equalize.solve import Scales, solve_candidates, solve_shifts
+from qpass.passes.equalize.solve import Scales, bound_candidates, solve_candidates, solve_shifts
 from qpass.passes.model_gate import CONFIDENCE
 
 Array = NDArray[Any]
@@ -61,6 +61,7 @@ def choose_scales(
     specs: Specs,
     *,
     shift: bool = False,
+    floor: Array | None = None,
 ) -> Choice:
     """Return the best candidate by the even samples, judged by the odd ones.
 
@@ -70,6 +71,7 @@ def choose_scales(
         rows: what was kept of at least four samples.
         specs: what their operands become.
         shift: offsets are possible.
+        floor: smallest scale of each group, float64 [groups], see `bound_candidates`; None: any.
     """
     measure = Measure(readers=readers, products=products, rows=rows, specs=specs)
     quick = replace(measure, elements=QUICK_ELEMENTS, ops={})
@@ -77,6 +79,8 @@ def choose_scales(
     plain = Scales.identity(rows.groups)
     low, high, mean, other = _sizes(measure, fit)
     candidates = list(solve_candidates(low, high, other, shift=shift))
+    if floor is not None:
+        candidates = list(bound_candidates(candidates, floor))
     finals = _best(quick, candidates, fit)
     if shift:
         moved = solve_shifts([plain, *finals], low, high, mean)

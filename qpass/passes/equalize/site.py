@@ -57,6 +57,22 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A Clip that the scale passes: what it lets through is divided by ``s[labels]``.
+
+    ``clip(x / s)`` is ``clip(x) / s`` only while x stays within s times the ends. So scales are at
+    most 1, and so large that all that calibration saw in a channel still passes: a channel that
+    reaches an end of the Clip keeps the scale 1, a smaller one may grow until it does. What is
+    never seen may then be clipped earlier, as by any range that was calibrated.
+    """
+
+    tensor: str  # the output of the Clip
+    low: float  # at most 0
+    high: float  # at least 0
+    labels: Labels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """A place for one set of scales, numbered from 1; label 0 is the scale 1.
 
@@ -73,6 +89,7 @@ class Site:
     slots: tuple[Slot, ...] = ()
     tensors: frozenset[str] = frozenset()  # everything that is scaled
     shift: Slot | None = None
+    bounds: tuple[Bound, ...] = ()
 
     @property
     def name(self) -> str:

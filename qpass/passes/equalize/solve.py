@@ -7,12 +7,14 @@ the inverse (weights, or the other operand of a product):
     power   s = a^beta                     NormQuant of UQ-ViT (2026) without the weights
     cap     s = max(1, a / t)              only channels that stand out are touched
     repq    s = span^gamma, shift = middle of the range      RepQ-ViT (Li et al., 2023)
+    bound   s = (a / b)^beta, b an end of the Clip in front: with beta 1 each channel fills the
+            range (what one scale for each channel would do)
 Which one is best differs from site to site; the gate finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +26,7 @@ Array = NDArray[Any]
 ALPHAS: Final = tuple(round(0.1 * i, 1) for i in range(11))
 BETAS: Final = (0.25, 0.4, 0.5, 0.6, 0.75)
 GAMMAS: Final = (0.0, 0.5, 1.0)
+BOUND_BETAS: Final = (0.25, 0.5, 0.75, 1.0)
 CAPS: Final = 6
 # Scales stay within 2^+-12 of their mean: float32 weights and gains keep all of their digits, and
 # what is smaller than that beside the largest channel is lost in 8 bits anyway.
@@ -74,6 +77,25 @@ def solve_candidates(
             yield _finish(f"repq {gamma}", _positive(half) ** gamma, center)
         for alpha in (0.5, 0.7, 0.8):
             yield _scales(f"repq smooth {alpha}", half, weight, alpha, center)
+
+
+def bound_candidates(candidates: Iterable[Scales], floor: Array) -> Iterator[Scales]:
+    """Yield scales that stay within bounds, and those that the bounds themselves suggest.
+
+    Args:
+        candidates: scales that know nothing of bounds. They count as ratios: the largest of the
+            bounded groups becomes 1.
+        floor: smallest scale that each group may have, float64 [groups]; 1 fixes it, 0 leaves it
+            free. The largest is 1.
+    """
+    bounded = floor > 0.0
+    for beta in BOUND_BETAS:
+        yield _finish(f"bound {beta}", np.where(bounded, floor, 1.0) ** beta, normalize=False)
+    for candidate in candidates:
+        scale = candidate.scale[1:]
+        scale = scale / scale[bounded].max()
+        scale = np.where(bounded, np.clip(scale, floor, 1.0), scale)
+        yield _finish(candidate.method, scale, candidate.shift[1:], normalize=False)
 
 
 def solve_shifts(

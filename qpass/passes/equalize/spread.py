@@ -7,19 +7,20 @@ of two activations the columns are those of the right operand; where the scaled 
 over (Q K^T) the other operand takes the inverse.
 
 Every op that is passed obeys f(s * x) == s * f(x) for positive s by channel. Channels for which
-something does not are fixed to the scale 1; labels that have to be equal are joined.
+something does not are fixed to the scale 1; labels that have to be equal are joined. A Clip around
+zero does so for scales that the site's bounds allow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
 from qpass.graph import LINEAR_OPS, Constant, Graph, Node, Tensor
-from qpass.matching import weight_axis
+from qpass.matching import clip_ends, weight_axis
 from qpass.passes.affine.absorb import LinearReader, linear_reader
 from qpass.passes.equalize.field import Field
 from qpass.passes.equalize.labels import (
@@ -34,7 +35,7 @@ from qpass.passes.equalize.labels import (
 )
 from qpass.passes.equalize.linear import channels_of
 from qpass.passes.equalize.shift import find_shift
-from qpass.passes.equalize.site import Kind, Product, Reader, Site, Slot
+from qpass.passes.equalize.site import Bound, Kind, Product, Reader, Site, Slot
 from qpass.units import is_weighted
 
 # f(s * x) == s * f(x) for s > 0 by channel; labels may not change along the axes they pool over.
@@ -58,6 +59,7 @@ class Spread(Field):
     readers: dict[int, tuple[LinearReader, Labels, int]] = field(default_factory=dict)
     products: dict[int, tuple[Node, bool, Labels, int]] = field(default_factory=dict)
     givers: list[Node] = field(default_factory=list)
+    bounds: dict[int, Bound] = field(default_factory=dict)
     streams: bool = False  # activations are added up on the way
 
     def start(self, tensor: Tensor, labels: Labels) -> None:
@@ -99,7 +101,7 @@ class Spread(Field):
             for index, part in moved:
                 if not self._known_part(node, tensor, labels, power):
                     self.give(node, index, part, power)
-        elif node.op in HOMOGENEOUS | POOLS and not self._pools(node, labels):
+        elif self._commutes(node, labels, power):
             self.label(node.inputs[0], labels, power)
         elif node.op in NORMS:
             self._norm(node, labels, power)
@@ -124,8 +126,20 @@ class Spread(Field):
         self.join(parts[0], labels)
         return True
 
-    def _pools(self, node: Node, labels: Labels) -> bool:
-        return node.op in POOLS and any(axis > 1 for axis in varying(labels))
+    def _commutes(self, node: Node, labels: Labels, power: int) -> bool:
+        """True when the op may follow the scale as well as go before it."""
+        if node.op in POOLS:
+            return not any(axis > 1 for axis in varying(labels))
+        return node.op in HOMOGENEOUS or (node.op == "Clip" and self._bounds(node, labels, power))
+
+    def _bounds(self, node: Node, labels: Labels, power: int) -> bool:
+        """Note the ends of a Clip as bounds of the scales; False where they cannot be kept."""
+        ends = clip_ends(node)
+        if ends is None or not ends[0] <= 0.0 <= ends[1] or power != -1:
+            return False
+        bound = Bound(tensor=node.outputs[0].name, low=ends[0], high=ends[1], labels=labels)
+        self.bounds.setdefault(id(node), bound)
+        return True
 
     def _norm(self, node: Node, labels: Labels, power: int) -> None:
         rank = labels.ndim
@@ -247,7 +261,7 @@ class Spread(Field):
                 return
             for out, part in moved:
                 self.label(out, part, power)
-        elif node.op in HOMOGENEOUS | POOLS and not self._pools(node, labels):
+        elif index == 0 and self._commutes(node, labels, power):
             self.label(node.outputs[0], labels, power)
         elif node.op in LINEAR_OPS and is_weighted(node) and index == 0:
             self._read(node, labels, power)
@@ -349,6 +363,11 @@ class Spread(Field):
                 t.name for t, labels, _ in self.fields.values() if table[labels].any()
             ),
             shift=find_shift(self.graph, readers, products, slots) if whole else None,
+            bounds=tuple(
+                replace(bound, labels=table[bound.labels])
+                for bound in self.bounds.values()
+                if table[bound.labels].any()
+            ),
         )
 
     def _kind(self, products: Sequence[Product]) -> Kind:

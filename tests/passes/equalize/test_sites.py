@@ -400,8 +400,13 @@ REFUSALS = {
         "  t = MatMul (s, w)  y = Add (h, t)",
         "Softmax",
     ),
-    "clip in front": (
-        "a = MatMul (x, v)  r = Clip (a, low, high)  [fc] y = MatMul (r, w)",
+    "a clip in front that zero does not pass": (
+        "a = MatMul (x, v)  r = Clip (a, one, high)  [fc] y = MatMul (r, w)",
+        "Clip in front",
+    ),
+    "a clip in front whose end is not constant": (
+        "a = MatMul (x, v)  m = ReduceMax <keepdims = 0> (x)  r = Clip (a, low, m)"
+        "  [fc] y = MatMul (r, w)",
         "Clip in front",
     ),
     "norm over two axes": (
@@ -427,6 +432,7 @@ def test_it_refuses_with_a_reason(name):
                 "g2": (5, 8),
                 "low": np.array(0, np.float32),
                 "high": np.array(6, np.float32),
+                "one": np.array(1, np.float32),
                 "last": np.array([2]),
                 "wide": np.array([2, 5, 8]),
             }.items()
