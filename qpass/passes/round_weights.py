@@ -4,8 +4,9 @@ What it does
     Walks the linear ops in execution order with the activations of both graphs at hand, and writes
     new integers (and the offset that goes with them) into the quantized graph:
     ``gptq`` rounds the float weight against the Hessian of the quantized input;
-    ``auto`` is gptq with less effort where weights have many levels (see `_effort`);
-    ``erq`` first refits the float weight to the quantized input, then rounds by halves;
+    ``auto`` refits the float weight to the quantized input and rounds as gptq does; where weights
+    have many levels it is gptq with less effort (see `_effort`);
+    ``erq`` refits the float weight to the quantized input, then rounds by halves;
     ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
     minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
     ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients, and
@@ -283,7 +284,7 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     sums, held = _measure(stream, step, layer, walk, effort.rows)
     grid, weight = layer.grid(), layer.weight()
     wanted = weight
-    if walk.method in ("erq", *UNITWISE):
+    if walk.method != "gptq" and effort is FULL:
         wanted, _ = choose_refit(weight, sums, held)
         layer.wanted = wanted
     error = plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())

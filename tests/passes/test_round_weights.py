@@ -265,3 +265,17 @@ def test_auto_needs_no_samples_where_only_weights_change(tmp_path: Any) -> None:
 def test_rounding_with_data_needs_data(tmp_path: Any) -> None:
     with pytest.raises(RecipeError, match="--round gptq needs samples"):
         qpass.optimize(CNN, precision="w4", round="gptq", output=tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_auto_refits_to_inputs_of_four_bits(model: Callable[[], Graph]) -> None:
+    """With few levels the noise of the input is worth more than that of the weight itself."""
+    reference = model()
+    found: dict[str, float] = {}
+    for method in ("gptq", "auto"):
+        graph, table, plan = quantized_at(reference, "w4a4")
+        round_weights(
+            reference, graph, feeds_of(reference, 32), numbers_of(plan, table), method=method
+        )
+        found[method] = fidelity(reference, graph)
+    assert found["auto"] > found["gptq"] + 0.5
