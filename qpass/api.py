@@ -25,10 +25,11 @@ from qpass.mixed import SIMULATED, search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
 from qpass.options import ROUND_WITH_DATA, Options
 from qpass.passes.normalize import normalize
-from qpass.pipeline import LAYER_SAMPLES, choose_method, make_norms_static, prepare, quantize
+from qpass.pipeline import LAYER_SAMPLES, make_norms_static, prepare, quantize
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy, Progress
+from qpass.range_stage import choose_method
 from qpass.recipe import read_recipe
 from qpass.report.html import plotly_js, write_html
 from qpass.report.model import EngineReport, LayerReport, Report

@@ -27,6 +27,10 @@ WEIGHT_SHARES: Final = np.linspace(0.6, 1.0, 41)
 KEPT: Final = 0.9999  # of the weights of a scale that `percentile` does not clip
 
 
+# By tensor and what it becomes.
+GivenRanges = Mapping[tuple[str, TensorSpec], RangeChoice]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QTable:
     """Numbers for the decisions of a plan, by decision key."""
@@ -94,6 +98,7 @@ def choose_qtable(
     round_method: str = "rtn",
     weight_method: WeightRange = "auto",
     cache: RangeCache | None = None,
+    given: GivenRanges | None = None,
 ) -> QTable:
     """Choose the numbers of every decision.
 
@@ -108,6 +113,7 @@ def choose_qtable(
         weight_method: minmax, mse (`solve_weight_range`), percentile (`percentile_weight_range`)
             or auto, for weights. Other constants keep their largest magnitude.
         cache: of ranges, where the same statistics serve several calls.
+        given: ranges of activations that take the place of the method's.
     """
     cache = RangeCache() if cache is None else cache
     qparams: dict[str, QParams] = {}
@@ -119,7 +125,10 @@ def choose_qtable(
         _check_pinned(members)
         # A range that is fixed for one tensor is fixed for all that share its numbers.
         deciding = [d for d in members if d.pinned is not None] or members
-        choices = [_activation_range(d, stats, method, cache) for d in deciding]
+        choices = [
+            (given or {}).get((d.tensor, d.spec)) or _activation_range(d, stats, method, cache)
+            for d in deciding
+        ]
         low, high = min(c.low for c in choices), max(c.high for c in choices)
         for number, decision in enumerate(members):
             qparams[decision.key] = choose_qparams(decision.spec, low, high)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qpass.bits import raised
 from qpass.budgets import Budget, metric_budget, sqnr_budget
-from qpass.choose import QTable, choose_qtable
+from qpass.choose import QTable
 from qpass.dtypes import storage_for
 from qpass.errors import ModelError, RecipeError
 from qpass.graph import Node, array_of
@@ -37,6 +37,7 @@ from qpass.planner import plan as make_plan
 from qpass.program import Policy, Precision
 from qpass.qparams import fake_quantize
 from qpass.quantize import build_quantized
+from qpass.range_stage import qtable_of
 from qpass.report.model import MixedReport
 from qpass.run import Run, metadata_of
 from qpass.sensitivity import LayerError, measure
@@ -154,13 +155,7 @@ def _drafts(run: Run, levels: Mapping[str, Sequence[Precision | None]]) -> list[
             break
         policy = replace(run.policy, node_bits=given)
         plan = make_plan(run.graph, run.target, policy)
-        qtable = choose_qtable(
-            run.graph,
-            plan,
-            run.stats,
-            method=run.method or run.options.calibrate,
-            weight_method=run.options.weight_range,
-        )
+        qtable = qtable_of(run, plan)
         drafts.append(_Draft(policy=policy, plan=plan, qtable=qtable))
     return drafts
 

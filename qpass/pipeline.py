@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from qpass.calibrate import (
     input_specs,
 )
 from qpass.calibrate.ranges import RangeChoice
-from qpass.choose import WIDE_BITS, QTable, choose_qtable
+from qpass.choose import WIDE_BITS, QTable
 from qpass.errors import RecipeError
 from qpass.frozen import check_names, meant_decisions, read_scales, solve_ranges
 from qpass.graph import Graph
@@ -40,9 +40,9 @@ from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.qparams import QParams
 from qpass.quantize import build_quantized, timed
+from qpass.range_stage import qtable_of
 from qpass.report.model import PassReport
 from qpass.run import Run
-from qpass.trial import TRIAL_SAMPLES, try_methods
 from qpass.weights_float import weights_float
 
 STATIC_SAMPLES: Final = 64  # a gain, an offset and a ridge regression for each norm
@@ -181,49 +181,16 @@ def make_norms_static(run: Run, samples: Samples) -> None:
         run.plan = make_plan(run.graph, run.target, run.policy)
 
 
-def choose_method(run: Run, samples: Sequence[Mapping[str, Any]]) -> None:
-    """With `--calibrate auto`: let the methods compete on a few calibration samples."""
-    assert run.graph is not None
-    if run.options.calibrate != "auto" or not samples or not run.stats:
-        return
-    with run.stages.stage("trial"):
-        trial = try_methods(
-            run.graph.to_model(inline=True),
-            lambda method: _draft(run, method).to_model(inline=True),
-            samples[:TRIAL_SAMPLES],
-            run.target,
-            threads=run.options.jobs,
-        )
-    run.method = trial.method
-    run.notes.append(trial.sentence())
-
-
-def _draft(run: Run, method: str) -> Graph:
-    """Build the integer graph with the ranges of a method, its weights at 8 bits if they have less.
-
-    With fewer bits to nearest, as weights are before they have been rounded by their outputs, their
-    errors drown what the ranges of activations do.
-    """
-    assert run.graph is not None
-    policy = run.policy.with_wide_weights()
-    plan = make_plan(run.graph, run.target, policy)
-    table = choose_qtable(
-        run.graph, plan, run.stats, method=method, weight_method=run.options.weight_range
-    )
-    return build_quantized(run.graph, plan, table, run.target, policy)[0]
-
-
 def quantize(run: Run) -> None:
     """Choose the numbers, build the integer graph and compensate it."""
     with run.stages.stage("quantize"):
-        table, run.plain, reports = _build(run, run.method or run.options.calibrate)
+        table, run.plain, reports = _build(run)
     method = run.options.compensate
     if method != "none" and run.batches:
         with run.stages.stage("compensate"):
-            ranges = run.method or run.options.calibrate
             run.qtable, run.quantized, reports = build_compensated(
                 run,
-                lambda fold, add: _build(run, ranges, fold, add),
+                lambda fold, add: _build(run, fold, add),
                 lambda graph: _compensate(run, graph, table),
             )
     else:
@@ -267,20 +234,12 @@ def _compensate(run: Run, graph: Graph, table: QTable) -> PassReport:
 
 def _build(
     run: Run,
-    method: str,
     compensation: Callable[[Graph], PassReport] | None = None,
     block_compensation: Callable[[Graph], PassReport] | None = None,
 ) -> tuple[QTable, Graph, tuple[PassReport, ...]]:
     assert run.graph is not None
     assert run.plan is not None
-    table = choose_qtable(
-        run.graph,
-        run.plan,
-        run.stats,
-        method=method,
-        round_method=run.options.round,
-        weight_method=run.options.weight_range,
-    )
+    table = qtable_of(run, run.plan, round_method=run.options.round)
     data = run.options.round in ROUND_WITH_DATA and run.batches
     # The graph without compensation, which `verify` compares with, is not tuned either.
     compensated = compensation is not None or run.options.compensate == "none"

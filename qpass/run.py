@@ -14,7 +14,7 @@ import onnx
 from qpass.calibrate import (
     TensorStats,
 )
-from qpass.choose import QTable
+from qpass.choose import GivenRanges, QTable
 from qpass.graph import Graph
 from qpass.options import Options, parse_node_bits
 from qpass.passes.compensate_blocks import BlockCompensation
@@ -67,6 +67,7 @@ class Run:
     plan: Plan | None = None
     stats: dict[str, TensorStats] = field(default_factory=dict)
     method: str = ""  # range method that won the trial
+    output_ranges: GivenRanges = field(default_factory=dict)  # what it stands on, if it was those
     qtable: QTable | None = None
     plain: Graph | None = None  # quantized, not compensated
     quantized: Graph | None = None

@@ -22,6 +22,7 @@ from qpass.verify.metrics import ErrorMeter
 
 Array = NDArray[Any]
 CANDIDATES: Final = ("minmax", "percentile", "auto")
+NAMES: Final = {"auto": "per tensor", "output": "by outputs"}  # for the report
 TRIAL_SAMPLES: Final = 16
 # A candidate has to win by this much against the one before it: less is chance on few samples.
 MARGIN_DB: Final = 0.05
@@ -37,8 +38,7 @@ class Trial:
     def sentence(self) -> str:
         """Return one sentence for the report."""
         scores = ", ".join(
-            f"{'per tensor' if name == 'auto' else name} {value:.2f} dB"
-            for name, value in self.sqnr_db.items()
+            f"{NAMES.get(name, name)} {value:.2f} dB" for name, value in self.sqnr_db.items()
         )
         return f"ranges by trial: {scores}"
 
@@ -49,6 +49,7 @@ def try_methods(
     samples: Sequence[Mapping[str, Array]],
     target: Target,
     *,
+    methods: Sequence[str] = CANDIDATES,
     threads: int = 0,
 ) -> Trial:
     """Build the model with each method and compare its outputs with the float model.
@@ -58,11 +59,12 @@ def try_methods(
         build: returns the quantized model for a method.
         samples: calibration samples; never the held-out ones.
         target: whose files they are.
+        methods: that compete, the safest first.
         threads: of the engine; 0: all.
     """
     wanted = _outputs(float_model, samples, target, threads)
     scores: dict[str, float] = {}
-    for method in CANDIDATES:
+    for method in methods:
         meters = [ErrorMeter() for _ in float_model.graph.output]
         for expected, got in zip(
             wanted, _outputs(build(method), samples, target, threads), strict=True
@@ -70,8 +72,8 @@ def try_methods(
             for meter, one, other in zip(meters, expected, got, strict=True):
                 meter.update(one, other)
         scores[method] = min(meter.sqnr_db for meter in meters)
-    best = CANDIDATES[0]
-    for method in CANDIDATES[1:]:
+    best = methods[0]
+    for method in methods[1:]:
         if scores[method] > scores[best] + MARGIN_DB:
             best = method
     return Trial(method=best, sqnr_db=scores)

@@ -103,6 +103,13 @@ def solve_range(
     return replace(min(minmax, best, key=lambda choice: choice.mse), method="mse")
 
 
+def rated_range(
+    stats: TensorStats, spec: TensorSpec, method: str, ends: tuple[float, float]
+) -> RangeChoice:
+    """Return a range that something else has found, with its expected error."""
+    return _choice(Density(stats, weighted=True), spec, method, ends)
+
+
 def estimated_sqnr_db(stats: TensorStats, low: float, high: float, spec: TensorSpec) -> float:
     """Return the expected signal to quantization noise ratio in dB; +inf without noise."""
     density = Density(stats, weighted=True)
