@@ -37,8 +37,9 @@ from numpy.typing import NDArray
 from qpass.graph import Graph, array_of
 from qpass.passes.model_gate import GATED_CONFIDENCE, judge
 from qpass.passes.rounding.basic_units import find_basic_units
+from qpass.passes.rounding.descend import descend
 from qpass.passes.rounding.erq import solve_erq
-from qpass.passes.rounding.gptq import SWEEPS, factorize, solve_gptq
+from qpass.passes.rounding.gptq import SWEEPS, damped, factorize, solve_gptq
 from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, write_steps
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer, find_layers
@@ -289,7 +290,7 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         layer.wanted = wanted
     error = plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())
     integers: Array | None = None
-    reason = ""
+    reason, chosen = "", 0.0
     for damping in DAMPINGS:
         factor = factorize(sums.xx, damping=damping)
         if isinstance(factor, str):
@@ -298,10 +299,10 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         if walk.method == "erq":
             candidate = solve_erq(wanted, factor, grid)
         else:
-            candidate = solve_gptq(wanted, factor, grid, sweeps=effort.sweeps)
+            candidate = solve_gptq(wanted, factor, grid, sweeps=0)
         found = float(held.error(grid.values(candidate), sums).sum())
         if found < error:
-            error, integers = found, candidate
+            error, integers, chosen = found, candidate, factor.damping
         elif integers is not None:
             break
         else:
@@ -311,6 +312,12 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     if integers is None:
         walk.refuse(layer.name, f"{reason}: the nearest integers stay")
         return False
+    if effort.sweeps and walk.method != "erq":  # which sweeps on its own
+        # Sweeps fit what the rows happen to hold, too, and cost more than a damping does.
+        swept = integers.copy()
+        descend(wanted, damped(sums.xx, chosen), swept, grid, sweeps=effort.sweeps)
+        if float(held.error(grid.values(swept), sums).sum()) < error:
+            integers = swept
     layer.write(stream.quantized, integers)
     if layer.site.offset:
         layer.write_offset(stream.quantized, sums.offset(grid.values(integers)))
@@ -327,16 +334,15 @@ def _measure(
     held: list[tuple[Array, Array, Array]] = []
     fit_rows = -(-max(LEAST_ROWS, rows_per_input * layout.inputs) // walk.first_held)
     held_rows = HELD_ROWS // (batches - walk.first_held)
-    for batch, (inputs, wanted, weights) in enumerate(_pairs(step, layer, walk)):
-        rows = layout.positions(wanted)
-        if batch < walk.first_held:
-            sums.update(inputs, wanted, _pick(rows, fit_rows, walk.random), weights)
-        else:
-            picked = _pick(rows, held_rows, walk.random)
-            counts = np.ones(len(picked)) if weights is None else weights[picked]
-            held.append(
-                (layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts)
-            )
+    pairs = _pairs(step, layer, walk)
+    sums.update_all(
+        (inputs, wanted, _pick(layout.positions(wanted), fit_rows, walk.random), weights)
+        for inputs, wanted, weights in islice(pairs, walk.first_held)
+    )
+    for inputs, wanted, weights in pairs:
+        picked = _pick(layout.positions(wanted), held_rows, walk.random)
+        counts = np.ones(len(picked)) if weights is None else weights[picked]
+        held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts))
     return sums, HeldRows(
         inputs=np.concatenate([x for x, _, _ in held], axis=1),
         wanted=np.concatenate([t for _, t, _ in held], axis=1),

@@ -47,9 +47,7 @@ def solve_erq(weight: Array, factor: Factor, grid: Grid, *, sweeps: int = SWEEPS
         part = grid.take(order[:, begin:end])
         own = hessian[:, begin:end, begin:end]
         chosen = part.nearest(wanted[:, begin:end])
-        for _ in range(sweeps):
-            if not descend(wanted[:, begin:end], own, chosen, part):
-                break
+        descend(wanted[:, begin:end], own, chosen, part, sweeps=sweeps)
         integers[:, begin:end] = chosen
         if end < inputs:
             error = wanted[:, begin:end] - part.values(chosen)
@@ -58,6 +56,5 @@ def solve_erq(weight: Array, factor: Factor, grid: Grid, *, sweeps: int = SWEEPS
         begin = end
     result = np.empty_like(integers)
     np.put_along_axis(result, order[:, :, None], integers, axis=1)
-    nearest = grid.nearest(weight)
-    result = np.where(factor.dead[:, :, None], nearest, result)
-    return refine(weight, factor.hessian, result, nearest, grid, sweeps=sweeps)
+    result = np.where(factor.dead[:, :, None], grid.nearest(weight), result)
+    return refine(weight, factor, result, grid, sweeps=sweeps)

@@ -10,7 +10,6 @@ unfolded as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -98,11 +97,10 @@ class Layout:
             return values
         return values.reshape(-1, *(1,) * len(self.strides))
 
-    def chunks(self, picked: Array) -> Iterator[Array]:
-        """Cut `picked` so that the float64 rows of a piece have at most `CHUNK_BYTES`."""
-        size = max(1, CHUNK_BYTES // (8 * self.groups * max(self.inputs, self.outputs)))
-        for start in range(0, len(picked), size):
-            yield picked[start : start + size]
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows `CHUNK_BYTES` hold as float64."""
+        return max(1, CHUNK_BYTES // (8 * self.groups * max(self.inputs, self.outputs)))
 
     def windows(self, inputs: Array) -> Array:
         """Return the patches of a convolution as a view, [N, C, *output, *kernel]."""
