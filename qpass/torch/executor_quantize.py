@@ -38,21 +38,34 @@ def dequantize(
 def fake_quantize(
     attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> torch.Tensor:
-    """Return `dequantize` of `quantize`.
-
-    torch's own kernel, where it applies, multiplies by 1 / scale: another integer than `quantize`
-    gives only where ``x / scale`` is within rounding of a tie.
-    """
-    if scale.numel() == 1 and x.dtype == torch.float32 and not scale.requires_grad:
-        result: torch.Tensor = torch.fake_quantize_per_tensor_affine(
-            x,
-            scale.reshape(()),
-            zero_point.to(x.device, torch.int32).reshape(()),
-            attrs["qmin"],
-            attrs["qmax"],
-        )
+    """Return `dequantize` of `quantize`."""
+    if scale.numel() == 1 and not scale.requires_grad:
+        step, shift = scale.reshape(()), zero_point.to(x.device, x.dtype).reshape(())
+        result: torch.Tensor = _FixedStep.apply(x, step, shift, attrs["qmin"], attrs["qmax"])
         return result
     return dequantize(attrs, quantize(attrs, x, scale, zero_point), scale, zero_point)
+
+
+class _FixedStep(torch.autograd.Function):  # type: ignore[misc]
+    """One step and zero point for all of a tensor, neither with a gradient.
+
+    It keeps a truth value for each element instead of four tensors. torch's own kernel works on
+    single elements on a CPU, where it took as long as the convolutions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, qmin: int, qmax: int
+    ) -> torch.Tensor:
+        free = (x / step).round_().add_(shift)
+        integers = free.clamp(qmin, qmax)
+        ctx.save_for_backward(integers == free)
+        return integers.sub_(shift).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None, None
 
 
 def along(values: torch.Tensor, attrs: Attrs, x: torch.Tensor) -> torch.Tensor:
