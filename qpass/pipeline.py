@@ -27,6 +27,7 @@ from qpass.modelfile import load_model
 from qpass.options import ROUND_WITH_DATA
 from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.compensate import compensate
+from qpass.passes.equalize.measure import Specs
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
 from qpass.passes.patch_matmul import patches_to_matmul
@@ -292,6 +293,14 @@ def _weight_numbers(run: Run, table: QTable) -> dict[str, QParams]:
     }
 
 
+def _coarse_inputs(graph: Graph, plan: Plan) -> frozenset[str]:
+    """Return the linear ops whose first input has less than 7 bits."""
+    specs = Specs.of(plan, graph.nodes).activations
+    return frozenset(
+        node for (node, index), spec in specs.items() if index == 0 and spec.bits < WIDE_BITS
+    )
+
+
 def _free_steps(plan: Plan, policy: Policy) -> frozenset[str]:
     """Return the keys of activations below 7 bits whose step belongs to nothing else.
 
@@ -348,6 +357,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         threads=run.options.jobs,
         seed=run.options.seed,
         iterations=run.options.iterations,
+        coarse=_coarse_inputs(run.graph, run.plan),
         free_steps=_free_steps(run.plan, run.policy),
         progress=run.progress,
     )
