@@ -47,6 +47,8 @@ ELEMENTS: Final = 1 << 19  # of each weight that are looked at
 # Shares of the full range: what massive tokens leave to others may be a hundredth of it.
 SHARES: Final = tuple(float(share) for share in np.geomspace(1 / 128, 1.0, 29))
 ROUNDS: Final = 2  # of moving one end with the other fixed
+# Factors around the best share, up to the next ones.
+FINER: Final = tuple(float(SHARES[-2] ** (step / 4)) for step in range(-3, 4))
 
 
 def solve_output_ranges(
@@ -257,13 +259,17 @@ class _Search:
         """Move both ends together, then one at a time where they may differ."""
         together = [(share, share) for share in SHARES]
         below, above = self._least(together)
+        below, above = self._least([(f * below, f * above) for f in FINER])
         if not (self.spec.symmetric or self.low == 0.0 or self.high == 0.0):
             for _ in range(ROUNDS):
-                below, above = self._least([(share, above) for share in SHARES])
-                below, above = self._least([(below, share) for share in SHARES])
+                below, above = self._least([(one, above) for one in (below, *SHARES[::2])])
+                below, above = self._least([(below, one) for one in (above, *SHARES[::2])])
+            below, above = self._least([(f * below, above) for f in FINER])
+            below, above = self._least([(below, f * above) for f in FINER])
         return self.low * below, self.high * above
 
     def _least(self, pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        pairs = [pair for pair in pairs if max(pair) <= 1.0]
         for pair in pairs:
             if pair not in self.known:
                 low, high = self.low * pair[0], self.high * pair[1]
