@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.passes.equalize.linear_error import QUICK_ELEMENTS, TINY
-from qpass.passes.equalize.measure import SHARES, Measure, Specs, largest_weights, weight_power
+from qpass.passes.equalize.measure import Measure, Specs, largest_weights, weight_power
 from qpass.passes.equalize.rows import SiteRows
 from qpass.passes.equalize.site import Product, Reader
 from qpass.passes.equalize.solve import Scales, bound_candidates, solve_candidates, solve_shifts
@@ -85,9 +85,9 @@ def choose_scales(
     if shift:
         moved = solve_shifts([plain, *finals], low, high, mean)
         finals = _best(quick, [*finals, *moved], fit)
-    trials = [(c, share) for c in finals for share in SHARES]
+    trials = [(c, share) for c in finals for share in measure.shares]
     best, share = min(trials, key=lambda t: float(measure.errors(t[0], fit, t[1]).sum()))
-    plain_share = min(SHARES, key=lambda s: float(measure.errors(plain, fit, s).sum()))
+    plain_share = min(measure.shares, key=lambda s: float(measure.errors(plain, fit, s).sum()))
     before = measure.errors(plain, held, plain_share)
     after = measure.errors(best, held, share)
     gains = 10 * np.log10(np.maximum(before, TINY) / np.maximum(after, TINY))

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qpass.choose import WIDE_BITS
 from qpass.graph import LINEAR_OPS, Node, array_of
 from qpass.passes.equalize.linear_error import TINY, WEIGHT_ELEMENTS, LinearError
 from qpass.passes.equalize.rows import ProductRows, SiteRows
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 
 # Shares of the full range that are tried: the ranges that are chosen later may clip as well.
 SHARES: Final = (1.0, 0.85, 0.7, 0.5)
+COARSE_SHARES: Final = (*SHARES, 0.35, 0.25)  # with few levels they clip more
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,14 @@ class Measure:
     powers: dict[str, float] = field(default_factory=dict)  # product -> power of its output
     exact: dict[tuple[str, int], Array] = field(default_factory=dict)  # product, sample -> output
     ops: dict[str, LinearError] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares of the full range that are worth trying."""
+        names = [(reader.linear.node.name, 0) for reader in self.readers]
+        names += [(product.node.name, index) for product in self.products for index in (0, 1)]
+        few = any(self.specs.activations[name].bits < WIDE_BITS for name in names)
+        return COARSE_SHARES if few else SHARES
 
     def errors(self, scales: Scales, samples: Sequence[int], share: float = 1.0) -> Array:
         """Return the error of each sample, float64: the sum over the ops of their shares."""
