@@ -14,6 +14,7 @@ from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
 from qpass.passes.model_gate import Verdict
 from qpass.passes.round_weights import QUICK, Method, replay, round_weights, write_offsets
+from qpass.passes.rounding.refit import choose_refit
 from qpass.qparams import QParams
 from qpass.verify.metrics import sqnr_db
 from tests.folds import graph_of, normal, rounded
@@ -280,3 +281,26 @@ def test_auto_refits_behind_inputs_of_few_levels(model: Callable[[], Graph]) -> 
         round_weights(reference, graph, batches, numbers, method="auto", coarse=coarse)
         found[refit] = fidelity(reference, graph)
     assert found[True] > found[False] + 0.5
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_auto_refits_where_the_rows_can_carry_it(
+    coarse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight rows an input, or an input of few levels, where there is more to gain."""
+    reference = residual_cnn()
+    seen: dict[int, int] = {}
+
+    def spy(weight: Any, sums: Any, held: Any) -> Any:
+        seen[weight.shape[1]] = sums.count
+        return choose_refit(weight, sums, held)
+
+    monkeypatch.setattr("qpass.passes.round_weights.choose_refit", spy)
+    graph, table, plan = quantized_at(reference, "w4a8")
+    numbers = numbers_of(plan, table)
+    names = numbers if coarse else ()
+    # 12 batches of 2 samples: 18 of them give 18 rows to the head (24 inputs), 2,592 to the stem.
+    round_weights(reference, graph, feeds_of(reference, 12), numbers, method="auto", coarse=names)
+    assert 27 in seen
+    assert (24 in seen) is coarse
+    assert all(count >= 8 * inputs for inputs, count in seen.items()) is not coarse
