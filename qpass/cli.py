@@ -150,7 +150,7 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--round",
     type=click.Choice(["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]),
-    help="How weights are rounded (default auto: gptq, to nearest where only weights change).",
+    help="How weights are rounded (auto: gptq, with refits at few bits; nearest for weights only).",
 )
 @click.option(
     "--weight-range",

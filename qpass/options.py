@@ -64,7 +64,7 @@ class Options:
     compensate: CompensateMethod = "cwac"
     fit: FitMethod = "ls"  # of gains: least squares, or mm: the size of what a Softmax reads
     allow_runtime_ops: bool = False  # Mul and Add where no constant can take a correction
-    round: RoundMethod = "auto"  # gptq where activations are quantized, else rtn
+    round: RoundMethod = "auto"  # gptq with refits where activations are quantized
     weight_range: WeightRange = "auto"  # auto: by the rounding, see `qpass.choose`
     iterations: int = 300  # of adaround, for each unit
     tune: int = 0  # steps that learn gains and offsets by gradients of the outputs; 0: none
