@@ -24,7 +24,6 @@ from itertools import islice
 from typing import Final
 
 from qpass.calibrate import TensorStats
-from qpass.choose import WIDE_BITS
 from qpass.graph import LINEAR_OPS, Graph
 from qpass.migration_trial import Job, Trials
 from qpass.passes.equalize.apply import apply_scales, buy_mul
@@ -34,7 +33,7 @@ from qpass.passes.equalize.measure import Specs
 from qpass.passes.equalize.rows import SiteRows, Wanted, collect_rows
 from qpass.passes.equalize.site import Refused, Site
 from qpass.passes.equalize.sites import find_sites
-from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, Verdict, judge
+from qpass.passes.model_gate import Verdict, judge
 from qpass.report.model import PassReport, Refusal
 
 __all__ = ["Equalization", "Job", "equalize"]
@@ -120,11 +119,6 @@ def equalize(graph: Graph, job: Job) -> Equalization:
     trials = Trials(job=job, make=make, everything=frozenset(m.number for m in found))
     trials.prepare()
     return _decide(graph, trials, found, refusals)
-
-
-def _few_bits(job: Job) -> bool:
-    precision = job.policy.precision
-    return min(precision.weight, precision.activation or precision.weight) < WIDE_BITS
 
 
 def _hopeful(
@@ -264,10 +258,7 @@ def _decide(
     verdict = judge(trials.wanted, before, after)
     migrated, tensors = trials.build(chosen).graph, trials.build(chosen).scaled
     exact = trials.is_exact(migrated)
-    # Each site has passed a gate of its own. With few bits the errors of all that has not been
-    # rounded by its outputs yet stand beside, and the model is a weak witness: one standard error.
-    confidence = GATED_CONFIDENCE if _few_bits(trials.job) else CONFIDENCE
-    if not verdict.helps_by(confidence) or not exact:
+    if not verdict.helps or not exact:
         why = verdict.sentence if exact else "the float outputs would change by their rounding"
         return _nothing(graph, refusals, (f"scales stay where they are: {why}",))
     kept = [m for m in found if m.number in chosen]

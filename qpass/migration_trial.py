@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from qpass.calibrate import Samples, TapRequest, TensorStats, collect
-from qpass.choose import RangeCache, choose_qtable
+from qpass.choose import WIDE_BITS, RangeCache, choose_qtable
 from qpass.exact_session import open_exact
 from qpass.graph import Graph
 from qpass.options import WeightRange
@@ -55,6 +55,17 @@ class Job:
     def plan(self, graph: Graph) -> Plan:
         """Plan a graph."""
         return make_plan(graph, self.target, self.policy)
+
+    @property
+    def judged(self) -> Policy:
+        """The policy of the models that are compared: below 7 bits for activations, wide weights.
+
+        Weights of few bits to nearest, as they are before they are rounded by their outputs, drown
+        what the activations gain: the verdict would be chance.
+        """
+        bits = self.policy.precision.activation
+        few = bits is not None and bits < WIDE_BITS
+        return self.policy.with_wide_weights() if few else self.policy
 
     def calibrate(self, graph: Graph, taps: Sequence[TapRequest]) -> dict[str, TensorStats]:
         """Gather the statistics that `taps` ask for."""
@@ -127,7 +138,8 @@ class Trials:
         """Return the float graph with the migrations `chosen`."""
         if chosen not in self._built:
             graph, scaled = self.make(chosen)
-            self._built[chosen] = Built(graph=graph, plan=self.job.plan(graph), scaled=scaled)
+            plan = make_plan(graph, self.job.target, self.job.judged)
+            self._built[chosen] = Built(graph=graph, plan=plan, scaled=scaled)
         return self._built[chosen]
 
     def forget(self, chosen: frozenset[int]) -> None:
@@ -155,7 +167,7 @@ class Trials:
                 cache=self._ranges,
             )
             quantized, _ = build_quantized(
-                built.graph, built.plan, table, self.job.target, self.job.policy
+                built.graph, built.plan, table, self.job.target, self.job.judged
             )
             self._outputs[key] = self.job.run(quantized)
         return self._outputs[key]

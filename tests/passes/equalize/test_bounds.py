@@ -15,6 +15,7 @@ from qpass.equalization import Job, equalize
 from qpass.evidence import taps_of
 from qpass.frozen import FrozenScale
 from qpass.graph import Graph
+from qpass.migration_trial import Trials
 from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.equalize.apply import apply_scales
 from qpass.passes.equalize.bounds import SMALLEST, smallest_scales
@@ -192,3 +193,16 @@ def test_scales_of_a_trained_network_do_not_pass_a_clip():
     kept, report = absorb_scales(graph, {"a6": entry})
     assert not kept
     assert "Clip" in report.refusals[0].reason
+
+
+@pytest.mark.parametrize(
+    ("precision", "judged"),
+    [("w4a4", "w8a4"), ("w4a8", "w4a8"), ("w8a8", "w8a8"), ("w8a4", "w8a4")],
+)
+def test_with_few_activation_bits_weights_of_eight_bits_judge(precision, judged):
+    graph = block()
+    job = job_of(graph, precision)
+    assert str(job.judged.precision) == judged
+    trials = Trials(job=job, make=lambda _: (graph, frozenset()), everything=frozenset())
+    weights = {d.spec.bits for d in trials.build(frozenset()).plan.weights() if d.kind == "weight"}
+    assert weights == {job.judged.precision.weight}
