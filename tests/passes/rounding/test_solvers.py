@@ -209,6 +209,35 @@ def test_descent_goes_down_to_a_point_that_no_single_move_improves() -> None:
             assert (moved >= error * (1.0 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("sweeps", [2, 4, 40])
+def test_sweeps_at_once_are_sweeps_one_by_one(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slopes are carried from sweep to sweep for the outputs that moved alone."""
+    monkeypatch.setattr("qpass.passes.rounding.descend.BLOCK", 3)
+    weight, hessian = problem(6, groups=2, inputs=40, outputs=12, rows=60)
+    one = grid(weight)
+    together, apart = one.nearest(weight), one.nearest(weight)
+    moved = descend(weight, hessian, together, one, sweeps=sweeps)
+    counts = []
+    for _ in range(sweeps):
+        counts.append(descend(weight, hessian, apart, one))
+        if not counts[-1]:
+            break
+    np.testing.assert_array_equal(together, apart)
+    assert moved == sum(counts)
+    assert sum(count > 0 for count in counts) >= 2
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_cholesky_by_panels(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpass.passes.rounding.gptq.PANEL", 4)
+    _, hessian = problem(7, groups=2, inputs=11, rows=60)
+    full = factor(hessian, act_order=act_order)
+    for matrix, order, lower in zip(full.hessian, full.order, full.lower, strict=True):
+        whole = np.linalg.cholesky(matrix[order[:, None], order])
+        # Eleven float64 sums; the damping bounds the condition number by about 1e4.
+        np.testing.assert_allclose(lower, whole, atol=1e-11 * np.abs(whole).max())
+
+
 LINEAR = Layout(op="MatMul", shape=(4, 6), groups=1, inputs=4, outputs=6)
 
 
@@ -303,3 +332,34 @@ def test_a_weight_counts_as_so_many_rows(centered: bool) -> None:
     weight = random.standard_normal((1, 4, 3))
     np.testing.assert_allclose(got.error(weight), want.error(weight))
     np.testing.assert_allclose(got.offset(weight), want.offset(weight))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_many_batches_are_put_together(
+    centered: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of seven rows, cut across batches of five, are the same sums."""
+    random = np.random.default_rng(5)
+    x, t = random.standard_normal((40, 4)) + 2.0, random.standard_normal((40, 3)) - 1.0
+    counts = random.uniform(0.5, 2.0, 40) if weighted else None
+    layout = Layout(op="MatMul", shape=(4, 3), groups=1, inputs=4, outputs=3)
+    whole = InputSums(layout=layout, centered=centered)
+    whole.update(x, t, np.arange(40), counts)
+    monkeypatch.setattr("qpass.passes.rounding.layout.CHUNK_BYTES", 7 * 8 * 4)
+    assert layout.chunk_rows == 7
+    rows: list[int] = []
+    monkeypatch.setattr(
+        InputSums,
+        "_add",
+        lambda self, *piece: (rows.append(piece[0].shape[1]), add(self, *piece))[1],
+    )
+    got = InputSums(layout=layout, centered=centered)
+    got.update_all((x, t, picked, counts) for picked in np.array_split(np.arange(40), 8))
+    assert rows == [7, 7, 7, 7, 7, 5]
+    assert got.count == 40
+    for name in ("mean_x", "mean_t", "xx", "xt", "tt", "total"):
+        np.testing.assert_allclose(getattr(got, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+
+
+add = InputSums._add
