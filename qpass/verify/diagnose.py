@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from qpass.verify.session import IN_FLOAT, recorded_entries
+
 # Beside these, an engine's CPU kernels take 8-bit integers only.
 NARROW_TYPES: Final[dict[int, str]] = {
     TensorProto.INT4: "int4",
@@ -32,6 +34,8 @@ class Diagnosis:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
         self.constants: Mapping[str, TensorProto] = {i.name: i for i in graph.initializer}
+        entries = recorded_entries({entry.key: entry.value for entry in model.metadata_props})
+        self.in_float = entries.get(IN_FLOAT) == "1"
 
     def explain(self, engine: str, name: str) -> tuple[str, str]:
         """Return (rule, reason) for node `name` that `engine` runs in float."""
@@ -50,6 +54,11 @@ class Diagnosis:
         for stored in types:
             if stored in NARROW_TYPES:
                 return rule, f"the engine has no {NARROW_TYPES[stored]} kernel for this op"
+        if engine == "ort" and self.in_float:
+            return rule, (
+                f"onnxruntime runs Q and DQ of this file in float ({IN_FLOAT}=1 in its metadata): "
+                "it has activations of 4 bits"
+            )
         reason = (
             self._ort_reason(node, types)
             if engine == "ort"

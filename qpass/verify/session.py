@@ -22,9 +22,10 @@ from qpass.targets import Target
 
 SESSION_KEY: Final = "qpass.session"
 ACCURACY_LEVEL: Final = "session.qdq_matmulnbits_accuracy_level"
+IN_FLOAT: Final = "session.disable_quant_qdq"
 NARROW_IN_FLOAT: Final[Mapping[str, str]] = {
     "optimization.disable_specified_optimizers": "ClipQuantRewrite",
-    "session.disable_quant_qdq": "1",
+    IN_FLOAT: "1",
 }
 BYTE: Final = 8
 

@@ -21,3 +21,6 @@ def test_results_load_with_the_entries_that_they_record(precision: str, tmp_path
     assert report.ok
     assert report.engines[0].sqnr_db is not None
     assert recorded_entries(read_metadata(Path(report.output))) == NARROW_IN_FLOAT
+    planned = [op.reason for op in report.engines[0].float_ops if op.planned]
+    assert planned  # stem and head have 8 bits
+    assert all("session.disable_quant_qdq=1" in reason for reason in planned)
