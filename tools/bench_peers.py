@@ -8,6 +8,7 @@ A contestant is written ``KIND[:ARGUMENT[,KEY=VALUE...]]``:
     ort:dynamic                          the same package, MatMul and Gemm with dynamic ranges
     nncf[,preset=performance][,accurate=true]    nncf.quantize, fast or accurate bias correction
     quark[:minmax|entropy|percentile][,bias=true]   quark.onnx, U8S8, per channel
+    quark,bits=4[,adaround=true[,iterations=1000]]   the same, weights on a grid of 4 bits
     file:PATH                            a file made elsewhere; {model} in PATH is the model's name
 
 Every function runs in a process of its own, in the Python that has the peer; this module therefore
@@ -17,6 +18,7 @@ their documentation does it; qpass gets the batch size of its own options.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -26,14 +28,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx
 from bench_samples import Feeds, StoredSamples
+from onnx import numpy_helper
 
 # Per-channel QuantizeLinear and DequantizeLinear came with this opset.
 PER_CHANNEL_OPSET: Final = 13
 PERCENTILE: Final = 99.999
 QPASS_BATCH: Final = 4  # its default
 HELD_SHARE: Final = 0.25  # of the calibration samples that qpass holds out, its default
+ADAROUND_ITERATIONS: Final = 1000  # a layer, the default of quark.onnx
+SCALE_MARGIN: Final = 1e-5  # keeps the largest weight below its code, so that no code is added
 DEFAULT_CONTESTANTS: Final = (
     "float",
     "qpass:ort-x86",
@@ -225,6 +231,7 @@ def _quark() -> Callable[[Task], dict[str, Any]]:
     quark: Any = importlib.import_module("quark.onnx")
 
     def run(task: Task) -> dict[str, Any]:
+        options = task.contestant.options
         method = {"entropy": "Entropy", "percentile": "Percentile"}.get(
             task.contestant.argument, "MinMax"
         )
@@ -236,14 +243,91 @@ def _quark() -> Callable[[Task], dict[str, Any]]:
             calibration_method=quark.CalibMethod.MinMax,
             quant_granularity=quark.QuantGranularity.Channel,
         )
-        correct = [quark.BiasCorrectionConfig()] if task.contestant.options.get("bias") else []
-        layer = quark.QLayerConfig(activation=activation, weight=weight)
-        config = quark.QConfig(global_config=layer, algo_config=correct)
-        model = str(_with_opset(task, PER_CHANNEL_OPSET))
-        quark.ModelQuantizer(config).quantize_model(model, str(task.output), _Reader(task.samples))
+        algorithms = [quark.BiasCorrectionConfig()] if options.get("bias") else []
+        if options.get("adaround"):
+            count = int(options.get("iterations", ADAROUND_ITERATIONS))
+            algorithms.append(quark.AdaRoundConfig(num_iterations=count))
+        model = _with_opset(task, PER_CHANNEL_OPSET).resolve()
+        bits, overrides = int(options.get("bits", 8)), {}
+        if bits != 8:
+            model = _folded(model, task.scratch.resolve())
+            overrides = narrow_weights(onnx.load(model), bits)
+        config = quark.QConfig(
+            global_config=quark.QLayerConfig(activation=activation, weight=weight),
+            algo_config=algorithms,
+            extra_options={"TensorQuantOverrides": overrides},
+        )
+        output = str(task.output.resolve())
+        reader = _Reader(replace(task.samples, path=task.samples.path.resolve()))
+        with contextlib.chdir(task.scratch):  # it leaves a list of what it did where it runs
+            quark.ModelQuantizer(config).quantize_model(str(model), output, reader)
+        _check_codes(onnx.load(output), overrides, bits)
         return {}
 
     return run
+
+
+def _folded(model: Path, folder: Path) -> Path:
+    """Return a copy with normalizations in the weights, as overrides need the final weights.
+
+    quark.onnx folds in the same way itself, and drops without an error the overrides of weights
+    that have other names then.
+    """
+    import onnxruntime
+
+    path = folder / "folded.onnx"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return path
+
+
+def _check_codes(model: onnx.ModelProto, overrides: dict[str, Any], bits: int) -> None:
+    """Raise RuntimeError if a weight that was to be narrow holds wider codes."""
+    written = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name in overrides:
+        tensor = written.get(f"{name}_quantized")
+        codes = np.array(127) if tensor is None else np.int32(numpy_helper.to_array(tensor))
+        if np.abs(codes).max() >= 2 ** (bits - 1):
+            raise RuntimeError(f"quark.onnx did not put {name} on the grid of {bits} bits")
+
+
+def narrow_weights(model: onnx.ModelProto, bits: int) -> dict[str, list[dict[str, Any]]]:
+    """Return overrides that put weights on a grid of fewer than 8 bits, one scale a channel.
+
+    quark.onnx has no type of 4 bits for weights between float layers, and its AdaRound reads types
+    of 8 bits and more only. With these scales its INT8 holds no other codes than -7 to 7. The first
+    and the last linear op keep 8 bits, as they do in qpass.
+
+    Raises:
+        ValueError: `bits` is not between 2 and 7.
+    """
+    if not 2 <= bits < 8:
+        raise ValueError(f"bits={bits} is not between 2 and 7")
+    from onnxruntime.quantization import QuantType
+
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    linear = [
+        node
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights
+    ]
+    kept = {node.input[1] for node in (*linear[:1], *linear[-1:])}
+    largest = 2 ** (bits - 1) - 1
+    overrides = {}
+    for node in linear:
+        name = node.input[1]
+        if name in kept:
+            continue
+        values = np.abs(numpy_helper.to_array(weights[name]))
+        transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
+        axis = 0 if node.op_type == "Conv" or transposed else values.ndim - 1
+        peaks = values.max(axis=tuple(other for other in range(values.ndim) if other != axis))
+        scales = np.where(peaks > 0, peaks / largest * (1 + SCALE_MARGIN), 1).astype(np.float32)
+        fixed = {"axis": axis, "quant_type": QuantType.QInt8, "zero_point": np.int8(0)}
+        overrides[name] = [{**fixed, "scale": scale} for scale in scales]
+    return overrides
 
 
 class _Reader:
