@@ -289,7 +289,7 @@ def _refits(layer: Layer, walk: _Walk, rows: int) -> bool:
     if walk.method == "gptq" or _effort(layer, walk) is QUICK:
         return False
     enough = rows >= ENOUGH_ROWS * layer.layout.inputs
-    return enough or walk.method == "erq" or layer.name in walk.coarse
+    return enough or walk.method != "auto" or layer.name in walk.coarse
 
 
 def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
