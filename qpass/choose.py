@@ -125,10 +125,7 @@ def choose_qtable(
         _check_pinned(members)
         # A range that is fixed for one tensor is fixed for all that share its numbers.
         deciding = [d for d in members if d.pinned is not None] or members
-        choices = [
-            (given or {}).get((d.tensor, d.spec)) or _activation_range(d, stats, method, cache)
-            for d in deciding
-        ]
+        choices = [_activation_range(d, stats, method, cache, given or {}) for d in deciding]
         low, high = min(c.low for c in choices), max(c.high for c in choices)
         for number, decision in enumerate(members):
             qparams[decision.key] = choose_qparams(decision.spec, low, high)
@@ -198,10 +195,16 @@ def _align_concats(
 
 
 def _activation_range(
-    decision: Decision, stats: Mapping[str, TensorStats], method: str, cache: RangeCache
+    decision: Decision,
+    stats: Mapping[str, TensorStats],
+    method: str,
+    cache: RangeCache,
+    given: GivenRanges,
 ) -> RangeChoice:
     if decision.pinned is not None:
         return RangeChoice(low=decision.pinned[0], high=decision.pinned[1], method="user", mse=0.0)
+    if (decision.tensor, decision.spec) in given:
+        return given[decision.tensor, decision.spec]
     if decision.tensor not in stats:
         raise InternalError(f"no statistics of {decision.tensor}")
     return cache.solve(stats[decision.tensor], decision.spec, method)

@@ -74,7 +74,12 @@ def solve_output_ranges(
         SampleError: a tensor is not finite.
     """
     specs = Specs.of(plan, graph.nodes)
-    places = [p for p in _places(graph, plan) if p.decision.tensor in stats]
+    places = [
+        place
+        for place in _places(graph, plan)
+        if place.decision.tensor in stats
+        and not specs.obstacle(place.wanted.readers, place.wanted.products)
+    ]
     if not places:
         return {}
     rows = collect_rows(
@@ -211,16 +216,21 @@ class _ProductError:
     def __call__(self, spec: TensorSpec, low: float, high: float) -> float:
         """Return the error with a range."""
         numbers = choose_qparams(spec, low, high)
-        got, wanted = [], []
+        got, wanted, total = [], [], 0.0
         for left, right in self._pairs():
             pair = [left, right]
             pair[self.index] = fake_quantize(pair[self.index], numbers)
-            got.append(pair[0] @ pair[1])
-            wanted.append(left @ right)
-        found, exact = np.concatenate(got, axis=-2), np.concatenate(wanted, axis=-2)
-        if self.corrected:
-            return float(corrected_error(found, exact).sum()) / self.power
-        return float(np.square(found - exact, dtype=np.float64).sum()) / self.power
+            found, exact = pair[0] @ pair[1], left @ right
+            if self.corrected:
+                got.append(found)
+                wanted.append(exact)
+            else:  # columns of scores are tokens: samples may have different numbers of them
+                total += float(np.square(found - exact, dtype=np.float64).sum())
+        # One gain and offset for all samples, but where they come in batches of unlike sizes.
+        if len({array.shape[:-2] for array in got}) == 1:
+            got, wanted = ([np.concatenate(parts, axis=-2)] for parts in (got, wanted))
+        total += sum(float(corrected_error(*pair).sum()) for pair in zip(got, wanted, strict=True))
+        return total / self.power
 
 
 def corrected_error(got: Array, wanted: Array, counts: Array | None = None) -> Array:

@@ -222,3 +222,29 @@ def test_the_file_has_the_ranges_that_won(tmp_path: Path, monkeypatch: pytest.Mo
     quantizers = {n.input[0]: n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear"}
     wanted = choose_qparams(spec, choice.low, choice.high).scale
     np.testing.assert_array_equal(constants[quantizers["p"]], wanted)
+
+
+@pytest.mark.parametrize("weight", [(16, 12), (1, 16, 12)], ids=["matrix", "stack"])
+def test_sequences_of_unlike_lengths_and_stacks_of_weights(weight: tuple[int, ...]):
+    """Scores have as many columns as a sample has tokens; a stack of matrices has no rows here."""
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    dynamic (float[B,N,16] x) => (float[B,N,12] y)
+    {
+        t = Transpose <perm = [0, 2, 1]> (x)
+        [scores] s = MatMul (x, t)
+        p = Softmax <axis = -1> (s)
+        [context] c = MatMul (p, x)
+        [fc] y = MatMul (c, w)
+    }
+    """
+    random = np.random.default_rng(6)
+    graph = Graph.from_text(text, w=random.standard_normal(weight).astype(np.float32))
+    graph.infer_shapes()
+    samples = [
+        {"x": random.standard_normal((1 + n % 2, n, 16)).astype(np.float32)} for n in range(3, 9)
+    ]
+    plan, stats = planned(graph, samples)
+    found = {tensor for tensor, _ in solve_output_ranges(graph, plan, stats, samples)}
+    assert {"p", "t", "x"} <= found
+    assert ("c" in found) is (len(weight) == 2)
