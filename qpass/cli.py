@@ -157,6 +157,11 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["auto", "minmax", "mse", "percentile"]),
     help="Ranges of weights: extremes, a search, 99.99 %, or what --round asks for (auto).",
 )
+@click.option(
+    "--row-weights",
+    type=click.Choice(["auto", "norm", "gradient"]),
+    help="What rows count to the rounding: by norms, or by gradients (auto: those with adaround).",
+)
 @click.option("--iterations", type=int, help="Of adaround, for each unit (default 300).")
 @click.option(
     "--tune",

@@ -22,7 +22,7 @@ from qpass.calibrate import (
 from qpass.choose import importance
 from qpass.errors import RecipeError
 from qpass.graph import Graph
-from qpass.options import ROUND_WITH_DATA
+from qpass.options import ROUND_WITH_DATA, THOROUGH
 from qpass.plan import Plan
 from qpass.program import Progress
 from qpass.run import Run, model_key
@@ -182,8 +182,8 @@ def take_batches(run: Run, samples: Samples) -> None:
     needed = run.options.compensate != "none" or run.options.round in ROUND_WITH_DATA
     if needed or run.options.tune:
         inputs = input_specs(run.graph.to_model(stub_above=1024))
-        # Many unknowns: the more samples the better.
-        learns = run.options.round == "adaround" or run.options.tune > 0
+        # Many unknowns: the more samples the better, where time is not what counts.
+        learns = run.options.round in THOROUGH or run.options.tune > 0
         limit = run.options.samples if learns else COMPENSATION_SAMPLES
         some = islice(iter(samples), limit)
         run.batches = [feeds for _, feeds in batches(some, run.options.batch_size, inputs)]

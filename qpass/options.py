@@ -16,9 +16,11 @@ UnifiedNormMode = Literal["auto", "off"]
 MixedCost = Literal["size", "latency"]
 RotateMode = Literal["none", "heads", "stream", "all"]
 RoundMethod = Literal["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]
+RowWeights = Literal["auto", "norm", "gradient"]
 WeightRange = Literal["auto", "minmax", "mse", "percentile"]
 # These look at calibration samples.
 ROUND_WITH_DATA: Final = ("auto", "gptq", "erq", "unit", "adaround")
+THOROUGH: Final = ("unit", "adaround")  # these look at all of them
 
 BYTES: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 UNITS: Final = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -66,6 +68,7 @@ class Options:
     allow_runtime_ops: bool = False  # Mul and Add where no constant can take a correction
     round: RoundMethod = "auto"  # gptq with refits where activations are quantized
     weight_range: WeightRange = "auto"  # auto: by the rounding, see `qpass.choose`
+    row_weights: RowWeights = "auto"  # of the rounding; auto: gradient with adaround, else norm
     iterations: int = 300  # of adaround, for each unit
     tune: int = 0  # steps that learn gains and offsets by gradients of the outputs; 0: none
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
@@ -166,10 +169,27 @@ class Options:
                 f"--round mse searches the ranges, --weight-range {self.weight_range} does not",
                 fix=f"use --round rtn --weight-range {self.weight_range}",
             )
+        if self.row_weights not in get_args(RowWeights):
+            raise RecipeError(
+                f"there is no --row-weights {self.row_weights}",
+                fix=f"use {', '.join(get_args(RowWeights))}",
+            )
+        if self.row_weights != "auto" and self.round not in ROUND_WITH_DATA:
+            raise RecipeError(
+                f"--round {self.round} looks at no rows that --row-weights could weight",
+                fix=f"use --round {' or '.join(ROUND_WITH_DATA)}, or leave --row-weights out",
+            )
         if self.iterations < 1:
             raise RecipeError(f"--iterations {self.iterations} is not positive")
         if self.tune < 0:
             raise RecipeError(f"--tune {self.tune} is negative", fix="300 is a good value")
+
+    @property
+    def guides(self) -> bool:
+        """True where rows count by the gradient of the outputs."""
+        return self.row_weights == "gradient" or (
+            self.row_weights == "auto" and self.round == "adaround"
+        )
 
     @property
     def memory_bytes(self) -> int:

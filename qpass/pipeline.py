@@ -60,6 +60,8 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
     """
     if run.options.round == "adaround":
         check_torch("--round adaround")
+    if run.options.guides:
+        check_torch("--row-weights gradient")
     if run.options.tune:
         check_torch("--tune")
     if run.options.mixed_cost == "latency":
@@ -359,6 +361,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         iterations=run.options.iterations,
         coarse=_coarse_inputs(run.graph, run.plan),
         free_steps=_free_steps(run.plan, run.policy),
+        guided=run.options.guides,
         progress=run.progress,
     )
     run.rounding = (run.plan, rounding)

@@ -15,6 +15,7 @@ from qpass.calibrate import (
     TensorStats,
 )
 from qpass.choose import GivenRanges, QTable
+from qpass.errors import RecipeError
 from qpass.graph import Graph
 from qpass.options import Options, parse_node_bits
 from qpass.passes.compensate_blocks import BlockCompensation
@@ -102,6 +103,12 @@ def start(source: Path, options: Options) -> Run:
         asymmetric_weights=options.asymmetric_weights,
     )
     if options.round == "auto" and policy.precision.activation is None:
+        if options.row_weights != "auto":
+            raise RecipeError(
+                f"weights alone are rounded to nearest: no --row-weights {options.row_weights}",
+                where=f"--precision {options.precision}",
+                fix="give --round gptq, or leave --row-weights out",
+            )
         options = replace(options, round="rtn")  # so that no samples are needed
     return Run(source=source, options=options, target=load_target(options.target), policy=policy)
 

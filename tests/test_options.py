@@ -60,6 +60,8 @@ def test_precision_refused(text: str) -> None:
         ({"round": "nearest"}, "--round nearest"),
         ({"weight_range": "sigma"}, "--weight-range sigma"),
         ({"round": "mse", "weight_range": "percentile"}, "--round rtn --weight-range percentile"),
+        ({"row_weights": "loss"}, "--row-weights loss"),
+        ({"round": "rtn", "row_weights": "gradient"}, "--round rtn looks at no rows"),
         ({"mixed_cost": "watts", "mixed": True, "min_sqnr": 1.0}, "--mixed-cost watts"),
         ({"mixed_cost": "latency", "min_sqnr": 1.0}, "--mixed-cost latency is for --mixed"),
         ({"sampels": 3}, "no option sampels"),

@@ -17,8 +17,8 @@ Why it never makes things worse
     model's own outputs get better there by a standard error: before rows had weights, a post-norm
     transformer (kwt1) lost 3.7 dB with 70 layers that were better one by one.
 What stays
-    Zero points, types, nodes and edges, and all scales but those learned steps: integers and biases
-    change, so nothing costs more at run time.
+    Zero points, types, nodes and edges. Integers and biases change, so do scales of weights below 7
+    bits (see `scales`) and learned steps: nothing costs more at run time.
 Preconditions
     `insert_qdq` has run, biases are still float, names of the two graphs agree.
 """
@@ -26,7 +26,7 @@ Preconditions
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, Literal
@@ -41,23 +41,22 @@ from qpass.passes.rounding.descend import descend
 from qpass.passes.rounding.erq import solve_erq
 from qpass.passes.rounding.gptq import SWEEPS, damped, factorize, solve_gptq
 from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, write_steps
-from qpass.passes.rounding.hessian import InputSums
+from qpass.passes.rounding.guide import guide_rows
 from qpass.passes.rounding.layer import Layer, find_layers
-from qpass.passes.rounding.refit import HeldRows, choose_refit
+from qpass.passes.rounding.measure import measure
+from qpass.passes.rounding.refit import choose_refit
+from qpass.passes.rounding.scales import can_rescale, solve_shares
 from qpass.passes.rounding.unit import sweep_back
-from qpass.passes.row_weights import Weights
 from qpass.program import Progress
 from qpass.qparams import QParams
 from qpass.report.model import PassReport, Refusal
-from qpass.stream import Pair, Step, Stream
+from qpass.stream import Step, Stream
 from qpass.submodel import Feeds, Submodel
 from qpass.units import split_into_units
 
 Array = NDArray[Any]
 Method = Literal["auto", "gptq", "erq", "unit", "adaround"]
 UNITWISE: Final = ("unit", "adaround")
-LEAST_ROWS: Final = 4096
-HELD_ROWS: Final = 2048
 # With few rows the Hessian says more than the samples know: stronger dampings compete then.
 DAMPINGS: Final = (0.01, 0.1, 1.0)
 ENOUGH_ROWS: Final = 8  # for each input
@@ -90,9 +89,16 @@ WIDE_LEVELS: Final = 100  # 7 bits and more
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedLayer:
-    """New constants of one op: `integers` as the graph stores them, and what the bias got."""
+    """New constants of one op.
+
+    integers, scale
+        As the graph stores them; `scale` None: those of the numbers.
+    offsets
+        What the bias got, one after the other.
+    """
 
     integers: Array
+    scale: Array | None
     offsets: tuple[Array, ...]
 
 
@@ -132,7 +138,9 @@ class _Walk:
         )
         layers = {
             name: RoundedLayer(
-                integers=array_of(layer.stored.constant), offsets=tuple(layer.offsets)
+                integers=array_of(layer.stored.constant),
+                scale=layer.numbers.scale if layer.rescaled else None,
+                offsets=tuple(layer.offsets),
             )
             for name, layer in self.rounded.items()
         }
@@ -153,6 +161,7 @@ def round_weights(
     iterations: int = 300,
     coarse: Collection[str] = (),
     free_steps: Collection[str] = (),
+    guided: bool = False,
     progress: Progress | None = None,
     aim: Graph | None = None,
 ) -> Rounding:
@@ -171,15 +180,18 @@ def round_weights(
         iterations: of adaround, for each unit.
         coarse: names of linear ops whose input has few levels (below 7 bits).
         free_steps: keys of activations whose step adaround may learn.
+        guided: rows count by what the outputs see of their errors (see `guide`), not by norms.
         progress: told after each unit.
         aim: graph to come close to, see `Stream`; None: `reference`.
 
     Raises:
-        RecipeError: adaround without torch.
+        RecipeError: adaround, or a guide, without torch.
     """
     begin = time.perf_counter()
     if method == "adaround":
         check_torch("--round adaround")
+    if guided:
+        check_torch("--row-weights gradient")
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
     random, first_held = np.random.default_rng(seed), len(batches) - held
     walk = _Walk(method=method, first_held=first_held, random=random, coarse=coarse)
@@ -202,6 +214,13 @@ def round_weights(
         layers, refused = find_layers(reference, stream.quantized, numbers, stream.aims)
         for name, reason in refused.items():
             walk.refuse(name, f"{reason}: the nearest integers stay")
+        if guided:
+            guide = guide_rows(reference, list(layers), batches, seed=seed, threads=threads)
+            if isinstance(guide, str):
+                walk.refuse("model", f"no gradient of its outputs, rows count by norms: {guide}")
+            else:
+                for name, rows in guide.items():
+                    layers[name].guide = rows
         for step in stream:
             inside = [layers[name] for name in islice(names, step.unit.nodes) if name in layers]
             rounded = [layer for layer in inside if _round(stream, step, layer, walk)]
@@ -258,6 +277,8 @@ def replay(
     layers, _ = find_layers(reference, quantized, numbers)
     for name, rounded in rounding.layers.items():
         layers[name].stored.write(quantized, rounded.integers)
+        if rounded.scale is not None:
+            layers[name].write_scale(quantized, rounded.scale)
     write_steps(quantized, rounding.steps)
     if offsets:
         write_offsets(rounding, reference, quantized, numbers)
@@ -274,8 +295,12 @@ def write_offsets(
             layers[name].write_offset(quantized, offset)
 
 
+def _is_wide(layer: Layer) -> bool:
+    return layer.numbers.qmax - layer.numbers.qmin >= WIDE_LEVELS
+
+
 def _effort(layer: Layer, walk: _Walk) -> Effort:
-    wide = layer.numbers.qmax - layer.numbers.qmin >= WIDE_LEVELS and layer.name not in walk.coarse
+    wide = _is_wide(layer) and layer.name not in walk.coarse
     return QUICK if walk.method == "auto" and wide else FULL
 
 
@@ -299,7 +324,15 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         reason = f"{inputs} inputs, `auto` ends at {effort.inputs} (--round gptq does not)"
         walk.refuse(layer.name, f"{reason}: the nearest integers stay")
         return False
-    sums, held = _measure(stream, step, layer, walk, effort.rows)
+    sums, held = measure(
+        stream,
+        step,
+        layer,
+        first_held=walk.first_held,
+        rows_per_input=effort.rows,
+        with_skips=walk.method in UNITWISE,
+        random=walk.random,
+    )
     grid, weight = layer.grid(), layer.weight()
     wanted = weight
     if _refits(layer, walk, sums.count):
@@ -308,11 +341,16 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     error = plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())
     integers: Array | None = None
     reason, chosen = "", 0.0
+    shares: Array | None = None
     for damping in DAMPINGS:
         factor = factorize(sums.xx, damping=damping)
         if isinstance(factor, str):
             reason = factor
             break
+        if shares is None and not _is_wide(layer) and can_rescale(layer.site, layer.numbers):
+            shares = solve_shares(wanted, factor, grid)
+            scale = (grid.scale * shares).astype(np.float32)  # as it will be stored
+            grid = replace(grid, scale=scale.astype(np.float64))
         if walk.method == "erq":
             candidate = solve_erq(wanted, factor, grid)
         else:
@@ -335,63 +373,10 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         descend(wanted, damped(sums.xx, chosen), swept, grid, sweeps=effort.sweeps)
         if float(held.error(grid.values(swept), sums).sum()) < error:
             integers = swept
+    if shares is not None and (shares != 1.0).any():
+        layer.rescale(stream.quantized, shares)
     layer.write(stream.quantized, integers)
     if layer.site.offset:
         layer.write_offset(stream.quantized, sums.offset(grid.values(integers)))
     walk.rounded[layer.name] = layer
     return True
-
-
-def _measure(
-    stream: Stream, step: Step, layer: Layer, walk: _Walk, rows_per_input: int
-) -> tuple[InputSums, HeldRows]:
-    """Run the unit up to the layer; sum up its rows and keep those that are held out."""
-    layout, batches = layer.layout, len(stream.batches)
-    sums = InputSums(layout=layout, centered=layer.site.offset)
-    held: list[tuple[Array, Array, Array]] = []
-    fit_rows = -(-max(LEAST_ROWS, rows_per_input * layout.inputs) // walk.first_held)
-    held_rows = HELD_ROWS // (batches - walk.first_held)
-    pairs = _pairs(step, layer, walk)
-    sums.update_all(
-        (inputs, wanted, _pick(layout.positions(wanted), fit_rows, walk.random), weights)
-        for inputs, wanted, weights in islice(pairs, walk.first_held)
-    )
-    for inputs, wanted, weights in pairs:
-        picked = _pick(layout.positions(wanted), held_rows, walk.random)
-        counts = np.ones(len(picked)) if weights is None else weights[picked]
-        held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts))
-    return sums, HeldRows(
-        inputs=np.concatenate([x for x, _, _ in held], axis=1),
-        wanted=np.concatenate([t for _, t, _ in held], axis=1),
-        weights=np.concatenate([w for _, _, w in held]),
-    )
-
-
-def _pairs(step: Step, layer: Layer, walk: _Walk) -> Iterator[tuple[Array, Array, Array | None]]:
-    """Yield for each batch the quantized input of a layer, what the product should give, weights.
-
-    Only units aim at residual sums; the methods that they are compared with know nothing of them.
-    But by what a norm divides such a sum is how much the rows of any layer count.
-    """
-    aims = walk.method in UNITWISE
-    weighted = None if layer.normed_sum is None else Weights(layer.normed_sum)
-    pairs = [Pair(float_name=layer.output, quantized_name=layer.node.inputs[0].name)]
-    if layer.skip is not None and (aims or weighted is not None):
-        pairs.append(layer.skip)
-    bias = layer.layout.along_channels(layer.bias().astype(np.float32))
-    for (wanted, inputs), *others in step.look(pairs):
-        aim, weights = wanted - bias, None
-        for floating, quantized in others:
-            if weighted is not None:
-                weights = weighted.of(wanted, floating).ravel()
-            if aims:
-                aim = aim + (floating - quantized)
-        yield inputs, aim, weights
-
-
-def _pick(rows: int, quota: int, random: np.random.Generator) -> Array:
-    """Return the numbers of at most `quota` rows, sorted."""
-    quota = max(1, quota)
-    if rows <= quota:
-        return np.arange(rows)
-    return np.sort(random.choice(rows, quota, replace=False))

@@ -88,7 +88,8 @@ def test_a_step_that_another_unit_reads_stays() -> None:
     """The skip of the second block reads the stem's integers in a unit of its own."""
     reference = residual_cnn()
     graph, table, plan = quantized_at(reference, "w4a4")
-    rounding = learned(reference, graph, numbers_of(plan, table), free_steps=["x0", "x0#1"])
+    numbers = numbers_of(plan, table)
+    rounding = learned(reference, graph, numbers, iterations=80, free_steps=["x0", "x0#1"])
     reasons = {r.where: r.reason for r in rounding.report.refusals}
     assert "another unit" in reasons["x0"]
     assert rounding.steps.keys() == {"x0#1"}

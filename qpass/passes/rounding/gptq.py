@@ -137,6 +137,11 @@ def solve_gptq(weight: Array, factor: Factor, grid: Grid, *, sweeps: int = SWEEP
     return refine(weight, factor, integers, grid, sweeps=sweeps)
 
 
+def rounding_error(weight: Array, factor: Factor, grid: Grid) -> Array:
+    """Return ``e^T H e`` after one pass of rounding without sweeps, [groups, outputs]."""
+    return _energy(factor, weight - grid.values(_round(weight, factor, grid)))
+
+
 def refine(weight: Array, factor: Factor, integers: Array, grid: Grid, *, sweeps: int) -> Array:
     """Take rounding to nearest for outputs where it is better; improve by coordinate descent."""
     nearest = grid.nearest(weight)

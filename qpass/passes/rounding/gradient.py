@@ -28,7 +28,6 @@ from qpass.errors import RecipeError
 from qpass.graph import Graph, Node, array_of
 from qpass.passes.insert_qdq import quantizer_name
 from qpass.passes.rounding.layer import Layer
-from qpass.passes.row_weights import NormedSum
 from qpass.qparams import expand
 from qpass.stream import Pair, Step, Stream
 from qpass.submodel import slice_nodes
@@ -111,7 +110,7 @@ def reconstruct_unit(
             quantized={name: stream.feeds("quantized", number)[name] for name in inputs},
             floating={name: stream.feeds("float", number)[name] for name in inputs},
             wanted=aims,
-            counts=tuple(end.counts(aim) for end, aim in zip(ends, aims, strict=True)),
+            counts=tuple(end.counts(number, aim) for end, aim in zip(ends, aims, strict=True)),
         )
         for number, aims in enumerate(wanted)
     ]
@@ -196,17 +195,20 @@ def _soft_steps(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _End:
-    """A sum of tensors at the end of a unit, under the names of both graphs; a norm may read it."""
+    """A sum of tensors behind the last `layer` of a unit, under the names of both graphs."""
 
     quantized: tuple[str, ...]
     floating: tuple[str, ...]
-    normed_sum: NormedSum | None
+    layer: Layer
 
-    def counts(self, total: Array) -> Array:
+    def counts(self, batch: int, total: Array) -> Array:
         """Return how much the errors of the sum count, float32, to be broadcast over it."""
-        if self.normed_sum is None:
+        normed_sum = self.layer.normed_sum
+        normed = None if normed_sum is None else normed_sum.of_total(total)
+        weights = self.layer.guided(batch, normed)
+        if weights is None:
             return np.ones((*total.shape[:1], *[1] * (total.ndim - 1)), np.float32)
-        return self.normed_sum.of_total(total).astype(np.float32)
+        return weights.astype(np.float32)
 
 
 def _ends(stream: Stream, layers: Sequence[Layer]) -> list[_End]:
@@ -221,7 +223,7 @@ def _ends(stream: Stream, layers: Sequence[Layer]) -> list[_End]:
         end = _End(
             quantized=tuple(pair.quantized_name for pair in pairs),
             floating=tuple(pair.float_name for pair in pairs),
-            normed_sum=layer.normed_sum,
+            layer=layer,
         )
         nodes, _ = slice_nodes(stream.quantized, alive, end.quantized)
         covered |= {id(node) for node in nodes}

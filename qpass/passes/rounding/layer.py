@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, Slot, find_site, fold
+from qpass.passes.requantize import scaled_weight
 from qpass.passes.residual import skip_of
 from qpass.passes.rounding.grid import Grid, grid_of
 from qpass.passes.rounding.layout import Layout, layout_of
@@ -38,6 +39,10 @@ class Layer:
         What `write_offset` has added to the bias so far, float64.
     wanted
         The float weight that was rounded, refitted or not, float64 [groups, inputs, outputs].
+    guide
+        Roots of the weights of the rows for each batch, see `guide`.
+    rescaled
+        Whether `rescale` has changed its numbers.
     """
 
     original: Node
@@ -51,11 +56,25 @@ class Layer:
     normed_sum: NormedSum | None = None
     offsets: list[Array] = field(default_factory=list)
     wanted: Array | None = None
+    guide: Sequence[Array] | None = None
+    rescaled: bool = False
 
     @property
     def name(self) -> str:
         """The name of the op."""
         return str(self.original.name)
+
+    def guided(self, batch: int, normed: Array | None) -> Array | None:
+        """Return the weights of the rows of a batch, [samples, ..., 1]; Conv [samples, 1, ..].
+
+        Args:
+            batch: its number.
+            normed: the weights by the norm behind, of that shape, if there is one.
+        """
+        if self.guide is None:
+            return normed
+        roots = np.expand_dims(self.guide[batch], self.site.axis)
+        return roots if normed is None else roots * np.sqrt(normed)
 
     def weight(self) -> Array:
         """Return the float weight, float64 [groups, inputs, outputs]."""
@@ -81,6 +100,18 @@ class Layer:
         """Store integers [groups, inputs, outputs]."""
         stored = self.layout.restore(integers).astype(np.int32)
         self.stored.write(graph, stored.astype(self.numbers.storage.numpy))
+
+    def rescale(self, graph: Graph, shares: Array) -> None:
+        """Multiply the scales of each output [groups, 1, outputs] by a share, see `can_rescale`."""
+        axis = self.site.gain_axis
+        assert axis is not None
+        scale = scaled_weight(self.numbers.scale, shares.ravel(), axis=axis).astype(np.float32)
+        self.numbers, self.rescaled = replace(self.numbers, scale=scale), True
+        self.write_scale(graph, scale)
+
+    def write_scale(self, graph: Graph, scale: Array) -> None:
+        """Store scales, float32, in the shape that they have."""
+        self.site.gain_slot.write(graph, scale)
 
     def write_offset(self, graph: Graph, offset: Array) -> None:
         """Add `offset`, one number for each output channel, to the bias."""

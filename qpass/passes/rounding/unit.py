@@ -131,10 +131,10 @@ def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Se
     for number in numbers:
         wanted, values = floating.run(number), quantized.run(number)
         aim = wanted[wanted_names[0]]
-        weights: Array | None = None
+        normed: Array | None = None
         if skip is not None:
             if weighted is not None:
-                weights = weighted.of(aim, wanted[skip.float_name])
+                normed = weighted.of(aim, wanted[skip.float_name])
             aim = aim + (wanted[skip.float_name] - values[skip.quantized_name])
         samples = len(aim)
         each = last.layout.positions(aim) // samples * last.layout.groups * last.layout.inputs
@@ -142,6 +142,7 @@ def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Se
         if not taken:
             break
         room -= taken * each
+        weights = last.guided(number, normed)
         missing = (aim - values[got])[:taken]
         rows = np.arange(last.layout.positions(missing))
         found.append(
@@ -173,8 +174,9 @@ def _slopes(
         slope = between.derivative(seen.output)
         back = last.layout.scatter(missing @ weight.swapaxes(1, 2), seen.last_input.shape)
         rows = np.arange(layer.layout.positions(seen.output))
-        # The rows of a convolution are not those of a last layer that takes channels last.
-        alike = last.normed_sum is not None and layer.layout.op != "Conv"
+        # The rows of a convolution are not those of a layer with another window, or channels last.
+        weighted = last.normed_sum is not None or last.guide is not None
+        alike = weighted and "Conv" not in (layer.layout.op, last.layout.op)
         weights = seen.weights if alike else np.ones(rows.size)
         sums.update(seen.source, back * slope, rows, weights)
         by_channel = np.moveaxis(slope, axis, 0).reshape(len(energy), -1)

@@ -1,0 +1,94 @@
+"""Look at one layer with the activations of both graphs: sums to fit to, and rows to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.passes.rounding.hessian import InputSums
+from qpass.passes.rounding.layer import Layer
+from qpass.passes.rounding.refit import HeldRows
+from qpass.passes.row_weights import Weights
+from qpass.stream import Pair, Step, Stream
+
+Array = NDArray[Any]
+LEAST_ROWS: Final = 4096
+HELD_ROWS: Final = 2048
+
+
+def measure(
+    stream: Stream,
+    step: Step,
+    layer: Layer,
+    *,
+    first_held: int,
+    rows_per_input: int,
+    with_skips: bool,
+    random: np.random.Generator,
+) -> tuple[InputSums, HeldRows]:
+    """Run the unit up to the layer; sum up its rows and keep those that are held out.
+
+    Args:
+        stream: stands in the unit.
+        step: the unit.
+        layer: a linear op of it.
+        first_held: number of the first batch that is held out.
+        rows_per_input: that enter the sums, but at least `LEAST_ROWS` in all.
+        with_skips: the aim is the float residual sum less the quantized skip, where there is one.
+            Only units aim at it; the methods that they are compared with know nothing of it.
+        random: picks the rows.
+    """
+    layout, batches = layer.layout, len(stream.batches)
+    sums = InputSums(layout=layout, centered=layer.site.offset)
+    held: list[tuple[Array, Array, Array]] = []
+    fit_rows = -(-max(LEAST_ROWS, rows_per_input * layout.inputs) // first_held)
+    held_rows = HELD_ROWS // (batches - first_held)
+    pairs = _pairs(step, layer, with_skips=with_skips)
+    sums.update_all(
+        (inputs, wanted, _pick(layout.positions(wanted), fit_rows, random), weights)
+        for inputs, wanted, weights in islice(pairs, first_held)
+    )
+    for inputs, wanted, weights in pairs:
+        picked = _pick(layout.positions(wanted), held_rows, random)
+        counts = np.ones(len(picked)) if weights is None else weights[picked]
+        held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts))
+    return sums, HeldRows(
+        inputs=np.concatenate([x for x, _, _ in held], axis=1),
+        wanted=np.concatenate([t for _, t, _ in held], axis=1),
+        weights=np.concatenate([w for _, _, w in held]),
+    )
+
+
+def _pairs(
+    step: Step, layer: Layer, *, with_skips: bool
+) -> Iterator[tuple[Array, Array, Array | None]]:
+    """Yield for each batch the quantized input of a layer, what the product should give, weights.
+
+    By what a norm divides the sum behind a layer is how much the rows of the layer count.
+    """
+    weighted = None if layer.normed_sum is None else Weights(layer.normed_sum)
+    pairs = [Pair(float_name=layer.output, quantized_name=layer.node.inputs[0].name)]
+    if layer.skip is not None and (with_skips or weighted is not None):
+        pairs.append(layer.skip)
+    bias = layer.layout.along_channels(layer.bias().astype(np.float32))
+    for number, ((wanted, inputs), *others) in enumerate(step.look(pairs)):
+        aim, normed = wanted - bias, None
+        for floating, quantized in others:
+            if weighted is not None:
+                normed = weighted.of(wanted, floating)
+            if with_skips:
+                aim = aim + (floating - quantized)
+        weights = layer.guided(number, normed)
+        yield inputs, aim, None if weights is None else weights.ravel()
+
+
+def _pick(rows: int, quota: int, random: np.random.Generator) -> Array:
+    """Return the numbers of at most `quota` rows, sorted."""
+    quota = max(1, quota)
+    if rows <= quota:
+        return np.arange(rows)
+    return np.sort(random.choice(rows, quota, replace=False))
