@@ -91,3 +91,21 @@ def test_low_bits_are_judged_by_rounding() -> None:
 def test_other_models_have_no_bars_of_accuracy() -> None:
     names = {bar.name for bar in judge_bars([row("float", metric=9.0), row(WITH, metric=1.0)])}
     assert not any("w8a8" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ("round=unit", "w4a8 auto/gptq/erq/unit"),
+        ("round=unit,row_weights=norm", "w4a8 auto/gptq/erq/unit"),
+        ("round=unit,row_weights=gradient", "w4a8 gradient"),
+        ("tune=100", "w4a8 gradient"),
+        ("round=adaround", "w4a8 gradient"),
+    ],
+)
+def test_what_takes_gradients_has_bars_of_its_own(options: str, label: str) -> None:
+    model = {"model": "resnet18_x"}
+    contestant = f"{WITH},precision=w4a8,{options}"
+    rows = [row("float", metric=64.8, **model), row(contestant, metric=64.4, **model)]
+    names = [bar.name for bar in judge_bars(rows) if bar.name.startswith("points lost")]
+    assert names == [f"points lost, {label}"]

@@ -18,6 +18,7 @@ Judged = tuple[str, str, str, bool]  # name, wanted, got, met
 
 RATIO_MARGIN: Final = 0.02
 WITH_HESSIAN: Final = ("auto", "gptq", "erq", "unit")
+GRADIENT: Final = "gradient"  # whatever takes one: adaround, row weights, tuning
 GRADIENT_FREE: Final = ("rtn", "mse", *WITH_HESSIAN)
 PEER_KINDS: Final = ("ort", "nncf", "quark")
 PEER_MARGIN_DB: Final = 2.0
@@ -43,13 +44,21 @@ class Accuracy:
         return (
             row["model"].startswith(self.model)
             and options.get("precision", "w8a8") == self.precision
-            and options.get("round", "auto") in self.rounding
+            and rounding_of(contestant) in self.rounding
             and options.get("activations", "static") == "static"
             and options.get("compensate", "cwac") != "none"
         )
 
 
-ANY: Final = (*GRADIENT_FREE, "adaround")
+def rounding_of(contestant: Contestant) -> str:
+    """Return how a contestant rounds, or `GRADIENT`."""
+    options = contestant.options
+    rounding = str(options.get("round", "auto"))
+    learns = rounding == "adaround" or options.get("row_weights") == "gradient"
+    return GRADIENT if learns or options.get("tune") else rounding
+
+
+ANY: Final = (*GRADIENT_FREE, GRADIENT)
 BARS: Final = (
     Accuracy(model="mobilenet_v2", precision="w8a8", rounding=ANY, sqnr_db=21.0, drop=0.4),
     Accuracy(model="resnet18", precision="w8a8", rounding=ANY, sqnr_db=27.0, drop=0.4),
@@ -59,15 +68,15 @@ BARS: Final = (
     Accuracy(model="resnet18", precision="w4a8", rounding=WITH_HESSIAN, drop=1.5),
     Accuracy(model="mobilenet_v2", precision="w4a8", rounding=WITH_HESSIAN, drop=6.0),
     Accuracy(model="vit_tiny", precision="w4a8", rounding=WITH_HESSIAN, drop=2.0),
-    Accuracy(model="resnet18", precision="w4a8", rounding=("adaround",), drop=0.7),
-    Accuracy(model="mobilenet_v2", precision="w4a8", rounding=("adaround",), drop=2.0),
-    Accuracy(model="vit_tiny", precision="w4a8", rounding=("adaround",), drop=1.0),
+    Accuracy(model="resnet18", precision="w4a8", rounding=(GRADIENT,), drop=0.7),
+    Accuracy(model="mobilenet_v2", precision="w4a8", rounding=(GRADIENT,), drop=2.0),
+    Accuracy(model="vit_tiny", precision="w4a8", rounding=(GRADIENT,), drop=1.0),
     Accuracy(model="resnet18", precision="w4a4", rounding=GRADIENT_FREE, drop=8.0),
     Accuracy(model="mobilenet_v2", precision="w4a4", rounding=GRADIENT_FREE, drop=25.0),
     Accuracy(model="vit_tiny", precision="w4a4", rounding=GRADIENT_FREE, drop=12.0),
-    Accuracy(model="resnet18", precision="w3a8", rounding=("adaround",), drop=3.0),
-    Accuracy(model="mobilenet_v2", precision="w3a8", rounding=("adaround",), drop=8.0),
-    Accuracy(model="vit_tiny", precision="w3a8", rounding=("adaround",), drop=4.0),
+    Accuracy(model="resnet18", precision="w3a8", rounding=(GRADIENT,), drop=3.0),
+    Accuracy(model="mobilenet_v2", precision="w3a8", rounding=(GRADIENT,), drop=8.0),
+    Accuracy(model="vit_tiny", precision="w3a8", rounding=(GRADIENT,), drop=4.0),
 )
 
 
