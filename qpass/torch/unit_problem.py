@@ -111,7 +111,7 @@ class Settings:
     iterations: int
     rows: int = 1536
     drop: float = 0.5
-    pressure: float = 100.0
+    pressure: float = 2e4
     seed: int = 0
     device: str | None = None
     threads: int | None = None
