@@ -361,6 +361,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         iterations=run.options.iterations,
         coarse=_coarse_inputs(run.graph, run.plan),
         free_steps=_free_steps(run.plan, run.policy),
+        rescale=run.options.weight_range == "auto",  # otherwise the user has chosen the ranges
         guided=run.options.guides,
         progress=run.progress,
     )

@@ -121,6 +121,7 @@ class _Walk:
     random: np.random.Generator
     rounded: dict[str, Layer] = field(default_factory=dict)
     coarse: Collection[str] = ()  # layers whose input has few levels
+    rescale: bool = True  # scales of channels may change
     steps: dict[str, float] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -161,6 +162,7 @@ def round_weights(
     iterations: int = 300,
     coarse: Collection[str] = (),
     free_steps: Collection[str] = (),
+    rescale: bool = True,
     guided: bool = False,
     progress: Progress | None = None,
     aim: Graph | None = None,
@@ -180,6 +182,7 @@ def round_weights(
         iterations: of adaround, for each unit.
         coarse: names of linear ops whose input has few levels (below 7 bits).
         free_steps: keys of activations whose step adaround may learn.
+        rescale: scales of weights below 7 bits follow from the rounding (see `scales`).
         guided: rows count by what the outputs see of their errors (see `guide`), not by norms.
         progress: told after each unit.
         aim: graph to come close to, see `Stream`; None: `reference`.
@@ -194,7 +197,9 @@ def round_weights(
         check_torch("--row-weights gradient")
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
     random, first_held = np.random.default_rng(seed), len(batches) - held
-    walk = _Walk(method=method, first_held=first_held, random=random, coarse=coarse)
+    walk = _Walk(
+        method=method, first_held=first_held, random=random, coarse=coarse, rescale=rescale
+    )
     if held < 1:
         walk.refuse("model", "there is only one batch: nothing could be held out to judge by")
         return walk.result(begin)
@@ -299,6 +304,10 @@ def _is_wide(layer: Layer) -> bool:
     return layer.numbers.qmax - layer.numbers.qmin >= WIDE_LEVELS
 
 
+def _rescales(layer: Layer, walk: _Walk) -> bool:
+    return walk.rescale and not _is_wide(layer) and can_rescale(layer.site, layer.numbers)
+
+
 def _effort(layer: Layer, walk: _Walk) -> Effort:
     wide = _is_wide(layer) and layer.name not in walk.coarse
     return QUICK if walk.method == "auto" and wide else FULL
@@ -347,7 +356,7 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         if isinstance(factor, str):
             reason = factor
             break
-        if shares is None and not _is_wide(layer) and can_rescale(layer.site, layer.numbers):
+        if shares is None and _rescales(layer, walk):
             shares = solve_shares(wanted, factor, grid)
             scale = (grid.scale * shares).astype(np.float32)  # as it will be stored
             grid = replace(grid, scale=scale.astype(np.float64))
