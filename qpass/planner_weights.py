@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from qpass.bits import EDGE_BITS
+from qpass.choose import WIDE_BITS
 from qpass.dtypes import storage_for
 from qpass.graph import Constant, Node
 from qpass.matching import weight_axis
@@ -43,10 +44,14 @@ def weight_spec(
 ) -> TensorSpec:
     """Return what the weight of a linear op becomes with at most `bits` bits.
 
-    A target may hold fewer (7 bits without VNNI). The axis is that of the output channels.
+    A target may hold fewer (7 bits without VNNI). The axis is that of the output channels. The most
+    negative integer is left out from 7 bits on.
     """
     assert rule.weight is not None
     spec, rank = with_bits(rule.weight, min(bits, rule.weight.bits)), len(weight.shape)
+    if spec.bits < WIDE_BITS:
+        # One integer of 256 is no loss, one of 8 or 16 is; kernels of int4 read all of them.
+        spec = replace(spec, narrow_range=False)
     per_channel = spec.granularity == "per_channel" and (rank == 2 or node.op != "MatMul")
     if node.op == "MatMul" and not target.per_channel_matmul:
         per_channel = False

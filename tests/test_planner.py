@@ -330,3 +330,13 @@ def test_keys_are_unique_even_when_a_tensor_looks_like_one() -> None:
     keys = [d.key for d in planned(graph, OPENVINO).decisions]
     assert len(set(keys)) == len(keys)
     assert {"n", "n#1"} < set(keys)
+
+
+@pytest.mark.parametrize(
+    ("precision", "ends"),
+    [("w8a8", (-127, 127)), ("w7a8", (-63, 63)), ("w4a8", (-8, 7)), ("w3a8", (-4, 3))],
+)
+def test_few_bits_use_every_integer(precision: str, ends: tuple[int, int]) -> None:
+    weights = planned(transformer(), precision=precision, low_bit_edges=True).weights()
+    found = {(d.spec.qmin, d.spec.qmax) for d in weights if d.kind == "weight"}
+    assert found == {ends}

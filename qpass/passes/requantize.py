@@ -124,10 +124,13 @@ def _centred(dequantizer: Node, rounding: Rounding) -> Array:
 
 
 def _used(centred: Array, storage: StorageType, zero: int) -> tuple[int, int]:
-    """Return the ends of the smallest grid of a whole number of bits that holds the integers."""
-    largest = max(int(np.abs(centred).max(initial=1)), 1)
-    reach = (1 << largest.bit_length()) - 1
-    return max(storage.qmin - zero, -reach), min(storage.qmax - zero, reach)
+    """Return the ends of the smallest grid of a whole number of bits that holds the integers.
+
+    The most negative one, which some grids leave out, belongs to it where it is used.
+    """
+    lowest, highest = int(centred.min(initial=-1)), int(centred.max(initial=1))
+    reach = (1 << max(highest, -lowest - 1, 1).bit_length()) - 1
+    return max(storage.qmin - zero, min(lowest, -reach)), min(storage.qmax - zero, reach)
 
 
 def scaled_weight(weight: Array, gain: Array, *, axis: int, groups: int = 1) -> Array:

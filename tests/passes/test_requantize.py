@@ -36,6 +36,23 @@ def rounding_of(
 
 
 @pytest.mark.parametrize(
+    ("ends", "dtype"),
+    [((-4, 3), ml_dtypes.int4), ((-8, 7), ml_dtypes.int4), ((-128, 127), np.int8)],
+)
+def test_a_grid_with_its_most_negative_integer_stays_one_of_its_bits(ends, dtype):
+    integers = np.array([[ends[0], -1], [2, ends[1]]])
+    scale = np.array([0.3, 0.7], np.float32)
+    constants = {"w_int": integers.astype(dtype), "w_scale": scale, "w_zero": np.zeros(2, dtype)}
+    found = rounding_of((integers * scale[:, None]).astype(np.float32), constants)
+    assert isinstance(found, Rounding)
+    assert (found.low, found.high) == ends
+    larger, new = solve_rounding(found, integers * scale[:, None] * 3.0)
+    assert larger.min() >= ends[0]
+    assert larger.max() <= ends[1]
+    np.testing.assert_allclose(new, 3.0 * scale, rtol=2.0**-22)  # float32, rounded twice
+
+
+@pytest.mark.parametrize(
     ("steps", "dtype", "ends"),
     [
         (127, np.int8, (-127, 127)),
