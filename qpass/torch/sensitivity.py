@@ -6,7 +6,8 @@ What it does
     mean (Hutchinson's estimator), and their sum over the channels of a row is what noise in that
     row adds to the squared error of the outputs. Nothing but that sum is kept.
 Cost
-    One forward and `PROBES` backward passes of the float model, batch by batch.
+    Two forward passes of the float model, one of them for the shapes, and `PROBES` backward passes,
+    batch by batch.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def row_sensitivity(
         float64, of the shape of the tensor without the axis of the channels.
 
     Raises:
-        UnsupportedOpError: an op has no function in torch here; it is named.
+        UnsupportedOpError: an op has no function in torch here; it is named. No output has a
+            gradient: all are integers, or depend on none of the tensors.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     random = torch.Generator().manual_seed(seed)
@@ -74,6 +76,8 @@ def row_sensitivity(
                 for end in executor.run(feeds, outputs, added=added)
                 if end.requires_grad  # not one that is made of shapes, or of integers
             ]
+            if not ends:
+                raise UnsupportedOpError("no output has a gradient", where=", ".join(outputs))
             for name, squares in _squares(ends, added, random).items():
                 rows = squares.sum(dim=taps[name]).cpu().numpy()
                 found[name].append(rows.astype(np.float64))

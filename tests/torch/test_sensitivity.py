@@ -80,6 +80,21 @@ def test_rows_that_no_output_reads_count_nothing() -> None:
     assert weights[:, 0] == pytest.approx(FLOOR)
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("[fc] h = MatMul (x, w)\ny = Shape (h)", "no output has a gradient"),
+        ("[fc] h = MatMul (x, w)\nz = Sub (h, h)\ny = Sqrt (z)", "NaN or infinity"),
+    ],
+)
+def test_outputs_without_a_gradient_are_named(body: str, reason: str) -> None:
+    kind = "int64[2]" if "Shape" in body else "float[N, 3]"
+    graph = graph_of("float[N, 4] x", f"{kind} y", body, w=normal((4, 3), seed=1))
+    found = guide_rows(graph, ["fc"], [{"x": normal((5, 4), seed=2)}])
+    assert isinstance(found, str)
+    assert reason in found
+
+
 def first_token(seed: int) -> Array:
     """Rows of two kinds: those of the first token lie in another subspace, and are smaller."""
     random = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ Source
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +26,6 @@ from qpass.graph import Constant, Graph
 from qpass.submodel import Feeds
 
 Array = NDArray[Any]
-Guide = Mapping[str, Sequence[Array]]
 FLOOR: Final = 0.05  # of the mean weight: no row is without any
 
 
@@ -66,6 +65,9 @@ def guide_rows(
         )
     except UnsupportedOpError as error:
         return f"{error.what} ({error.where})"
+    for name, rows in found.items():
+        if not all(np.isfinite(one).all() for one in rows):
+            return f"its gradient is NaN or infinity ({name})"
     return {
         node.name: _weights(found[node.outputs[0].name])
         for node in graph.nodes
