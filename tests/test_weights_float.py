@@ -200,7 +200,7 @@ def test_unseen_samples_are_closer_to_it(fit: Any, method: Any) -> None:
     wanted = outputs(case.aim, unseen)
     nearest, old, new = (sqnr_db(wanted, outputs(graph, unseen)) for graph in graphs)
     assert graphs[1].fingerprint() != graphs[2].fingerprint()
-    assert new > old + 1.0
+    assert new > old + 0.5
     assert new > nearest + 3.0
 
 
