@@ -183,7 +183,7 @@ def round_weights(
         coarse: names of linear ops whose input has few levels (below 7 bits).
         free_steps: keys of activations whose step adaround may learn.
         rescale: scales of weights below 7 bits follow from the rounding (see `scales`).
-        guided: rows count by what the outputs see of their errors (see `guide`), not by norms.
+        guided: rows count by what the outputs see of their errors as well (see `guide`).
         progress: told after each unit.
         aim: graph to come close to, see `Stream`; None: `reference`.
 

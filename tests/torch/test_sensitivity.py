@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import qpass  # noqa: E402
-from qpass.errors import RecipeError  # noqa: E402
-from qpass.passes.round_weights import Method, round_weights  # noqa: E402
-from qpass.passes.rounding.guide import FLOOR, guide_rows  # noqa: E402
-from qpass.torch.executor_ops import OPS  # noqa: E402
-from qpass.torch.sensitivity import row_sensitivity  # noqa: E402
-from qpass.verify.metrics import sqnr_db  # noqa: E402
-from tests.folds import graph_of, normal  # noqa: E402
-from tests.jobs import CNN, DIGITS  # noqa: E402
-from tests.rounded import numbers_of, quantized_at  # noqa: E402
-from tests.small_models import feeds_of, residual_cnn, run, transformer  # noqa: E402
+import qpass
+from qpass.errors import RecipeError
+from qpass.passes.round_weights import Method, round_weights
+from qpass.passes.rounding.guide import FLOOR, guide_rows
+from qpass.torch.executor_ops import OPS
+from qpass.torch.sensitivity import row_sensitivity
+from qpass.verify.metrics import sqnr_db
+from tests.folds import graph_of, normal
+from tests.jobs import CNN, DIGITS
+from tests.rounded import numbers_of, quantized_at
+from tests.small_models import feeds_of, residual_cnn, run, transformer
 
 pytestmark = pytest.mark.torch
 Array = np.ndarray[Any, Any]
