@@ -14,9 +14,11 @@ from qpass.targets import load_target
 from tests.small_models import feeds_of, minmax, policy_of
 
 
-def quantized_at(reference: Graph, precision: str) -> tuple[Graph, QTable, Plan]:
+def quantized_at(
+    reference: Graph, precision: str, *, low_bit_edges: bool = True
+) -> tuple[Graph, QTable, Plan]:
     """Return the graph with min/max numbers, rounded to nearest."""
-    policy = policy_of(precision, low_bit_edges=True)
+    policy = policy_of(precision, low_bit_edges=low_bit_edges)
     plan = make_plan(reference, load_target("ort-x86"), policy)
     table = minmax(reference, plan, feeds_of(reference, 8))
     graph = reference.copy()

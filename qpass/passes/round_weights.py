@@ -121,9 +121,15 @@ class _Walk:
     random: np.random.Generator
     rounded: dict[str, Layer] = field(default_factory=dict)
     coarse: Collection[str] = ()  # layers whose input has few levels
+    few_bits: bool = False  # some weights or inputs have few levels
     rescale: bool = True  # scales of channels may change
     steps: dict[str, float] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def effort(self) -> Effort:
+        """What a layer may cost: little, unless few bits leave errors to make up for."""
+        return QUICK if self.method == "auto" and not self.few_bits else FULL
 
     def refuse(self, name: str, reason: str) -> None:
         """Leave a layer as it is."""
@@ -219,6 +225,7 @@ def round_weights(
         layers, refused = find_layers(reference, stream.quantized, numbers, stream.aims)
         for name, reason in refused.items():
             walk.refuse(name, f"{reason}: the nearest integers stay")
+        walk.few_bits = bool(coarse) or any(not _is_wide(layer) for layer in layers.values())
         if guided:
             guide = guide_rows(reference, list(layers), batches, seed=seed, threads=threads)
             if isinstance(guide, str):
@@ -308,27 +315,23 @@ def _rescales(layer: Layer, walk: _Walk) -> bool:
     return walk.rescale and not _is_wide(layer) and can_rescale(layer.site, layer.numbers)
 
 
-def _effort(layer: Layer, walk: _Walk) -> Effort:
-    wide = _is_wide(layer) and layer.name not in walk.coarse
-    return QUICK if walk.method == "auto" and wide else FULL
-
-
 def _refits(layer: Layer, walk: _Walk, rows: int) -> bool:
     """True where the float weight is to follow the quantized input.
 
     It makes up for the layers in front (mobilenet_v2 W4A8 5.45 -> 7.74 dB), but asks more of the
     rows than a rounding does: with two rows an input in some layers resnet18 W4A8 fell from 15.67
-    to 14.87 dB, without those layers it rose to 15.99. Inputs of few levels are worth it always.
+    to 14.87 dB, without those layers it rose to 15.99. Inputs of few levels leave so much to
+    make up for that it is worth it always, in a head with 8 bits as well.
     """
-    if walk.method == "gptq" or _effort(layer, walk) is QUICK:
+    if walk.method == "gptq" or walk.effort is QUICK:
         return False
     enough = rows >= ENOUGH_ROWS * layer.layout.inputs
-    return enough or walk.method != "auto" or layer.name in walk.coarse
+    return enough or walk.method != "auto" or bool(walk.coarse)
 
 
 def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     """Round one layer; True when that is better on the held-out rows and was written."""
-    effort, inputs = _effort(layer, walk), layer.layout.inputs
+    effort, inputs = walk.effort, layer.layout.inputs
     if effort.inputs is not None and inputs > effort.inputs:
         reason = f"{inputs} inputs, `auto` ends at {effort.inputs} (--round gptq does not)"
         walk.refuse(layer.name, f"{reason}: the nearest integers stay")

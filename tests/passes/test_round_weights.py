@@ -310,3 +310,28 @@ def test_auto_refits_where_the_rows_can_carry_it(
     assert 27 in seen
     assert (24 in seen) is coarse
     assert all(count >= 8 * inputs for inputs, count in seen.items()) is not coarse
+
+
+@pytest.mark.parametrize(
+    ("precision", "refitted"), [("w8a8", set()), ("w4a8", {27}), ("w4a4", {24, 27})]
+)
+def test_edges_with_many_levels_make_up_for_few_elsewhere(
+    precision: str, refitted: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stem (27 inputs) has enough rows for it, the head (24) only where inputs are coarse."""
+    reference = residual_cnn()
+    seen: set[int] = set()
+
+    def spy(weight: Any, sums: Any, held: Any) -> Any:
+        seen.add(weight.shape[1])
+        return choose_refit(weight, sums, held)
+
+    monkeypatch.setattr("qpass.passes.round_weights.choose_refit", spy)
+    graph, table, plan = quantized_at(reference, precision, low_bit_edges=False)
+    numbers = numbers_of(plan, table)
+    narrow = {name for name, one in numbers.items() if one.qmax < 100}
+    edges = set(numbers) - narrow
+    assert precision == "w8a8" or len(edges) == 2
+    coarse = narrow if precision == "w4a4" else ()
+    round_weights(reference, graph, feeds_of(reference, 12), numbers, method="auto", coarse=coarse)
+    assert seen & {24, 27} == refitted
