@@ -5,7 +5,7 @@ What it does
     new integers (and the offset that goes with them) into the quantized graph:
     ``gptq`` rounds the float weight against the Hessian of the quantized input;
     ``auto`` is gptq behind a refit of the float weight to the quantized input (see `_refits`); with
-    less effort, and no refit, where weights have many levels (see `_effort`);
+    less effort, and no refit, where all weights and inputs have many levels (see `QUICK`);
     ``erq`` refits the float weight to the quantized input, then rounds by halves;
     ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
     minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
@@ -80,7 +80,7 @@ class Effort:
 
 
 FULL: Final = Effort(rows=32, sweeps=SWEEPS)
-# What `auto` spends on weights with many levels. The cost grows with the cube of the inputs, and
+# What `auto` spends where nothing has few levels. The cost grows with the cube of the inputs, and
 # the more inputs add up, the less their rounding errors weigh against those of the activations.
 # Half of the rows pays for twice the inputs; numbers are in DESIGN.md.
 QUICK: Final = Effort(rows=ENOUGH_ROWS // 2, sweeps=0, inputs=2304)
