@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Final
 
@@ -63,6 +64,8 @@ def migrate_scales(run: Run, samples: Samples) -> None:
     run.passes.append(timed(result.report, run.stages.seconds["equalize"]))
     run.notes += [*result.notes, *(f"added at run time: {text}" for text in result.muls)]
     if result.report.changed:
+        if result.ranges:
+            run.policy = replace(run.policy, ranges={**run.policy.ranges, **result.ranges})
         run.graph, run.scaled = result.graph, {"key": result.key, "layers": result.scaled}
         run.plan = make_plan(run.graph, run.target, run.policy)
         run.stats = dict(result.stats)

@@ -8,29 +8,45 @@ those of the graph with everything migrated. Only what a migration changes is ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 
 from qpass.calibrate import Samples, TapRequest, TensorStats, collect
+from qpass.calibrate.ranges import RangeChoice
 from qpass.choose import WIDE_BITS, RangeCache, choose_qtable
 from qpass.exact_session import open_exact
 from qpass.graph import Graph
 from qpass.options import WeightRange
-from qpass.passes.model_gate import total_sqnr_db
+from qpass.output_ranges import METHOD as OUTPUT
+from qpass.output_ranges import solve_output_ranges
+from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, total_sqnr_db
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
+from qpass.qparams import TensorSpec
 from qpass.quantize import build_quantized
 from qpass.submodel import Feeds
 from qpass.targets.schema import Target
 
 # The range methods that a set is judged with; the pipeline lets them compete as well.
 METHODS: Final = ("minmax", "percentile", "auto")
+RANGE_SAMPLES: Final = 16  # that ranges by outputs look at
+# A Mul reads and writes the tensor once more. It is worth that when the linear op behind it gains
+# one bit (6 dB), and the model as a whole 1 dB. With few levels half a bit is worth it, and as many
+# tensors share the error, none of them is worth 1 dB by itself.
+SITE_DB: Final = 6.0
+MODEL_DB: Final = 1.0
+MOST: Final = 8  # purchases that are tried in the whole model
+FEW_SITE_DB: Final = 3.0
+FEW_MODEL_DB: Final = 0.2
+FEW_MOST: Final = 16
 EXACT_SAMPLES: Final = 4  # show whether the float function is what it was
 
 Stats = Mapping[str, TensorStats]
+OutputRanges = dict[tuple[str, TensorSpec], RangeChoice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +72,58 @@ class Job:
         """Plan a graph."""
         return make_plan(graph, self.target, self.policy)
 
+    def wide_plan(self, graph: Graph) -> Plan:
+        """Plan a graph as it is judged: see `judged`."""
+        return make_plan(graph, self.target, self.judged)
+
+    @property
+    def few_levels(self) -> bool:
+        """True below 7 bits for activations."""
+        bits = self.policy.precision.activation
+        return bits is not None and bits < WIDE_BITS
+
+    @property
+    def divides_rows(self) -> bool:
+        """True where rows of a softmax may be divided by their largest probability.
+
+        With more levels one range serves all rows. A target that wants integers everywhere would
+        round the largest probabilities, too.
+        """
+        return self.few_levels and self.target.scheme != "full"
+
+    @property
+    def site_db(self) -> float:
+        """What an op that is bought has to gain at the linear op behind it."""
+        return FEW_SITE_DB if self.few_levels else SITE_DB
+
+    @property
+    def model_db(self) -> float:
+        """What the whole model has to gain by it."""
+        return FEW_MODEL_DB if self.few_levels else MODEL_DB
+
+    @property
+    def most_bought(self) -> int:
+        """How many purchases are tried in the whole model."""
+        return FEW_MOST if self.few_levels else MOST
+
     @property
     def judged(self) -> Policy:
-        """The policy of the models that are compared: below 7 bits for activations, wide weights.
+        """The policy of the models that are compared: with weights of 8 bits where they have fewer.
 
         Weights of few bits to nearest, as they are before they are rounded by their outputs, drown
-        what the activations gain: the verdict would be chance.
+        what the activations gain: the verdict would be chance. What a migration does to weights of
+        few bits, each site has measured by itself.
         """
-        bits = self.policy.precision.activation
-        few = bits is not None and bits < WIDE_BITS
-        return self.policy.with_wide_weights() if few else self.policy
+        return self.policy.with_wide_weights()
+
+    @property
+    def confidence(self) -> float:
+        """Standard errors that a purchase has to gain, see `model_gate`.
+
+        With few levels the errors of a model are large and their estimates coarse, and each site
+        has passed a gate of its own.
+        """
+        return GATED_CONFIDENCE if self.few_levels else CONFIDENCE
 
     def calibrate(self, graph: Graph, taps: Sequence[TapRequest]) -> dict[str, TensorStats]:
         """Gather the statistics that `taps` ask for."""
@@ -95,6 +153,7 @@ class Built:
     """A float graph with a set of migrations, its plan, and the tensors that the set scales."""
 
     graph: Graph
+    policy: Policy
     plan: Plan
     scaled: frozenset[str]
 
@@ -105,14 +164,19 @@ class Trials:
 
     make
         Makes the float graph that has a set, and the names of the tensors that the set scales.
+    pinned
+        Ranges of tensors that only some sets have.
     """
 
     job: Job
     make: Callable[[frozenset[int]], tuple[Graph, frozenset[str]]]
     everything: frozenset[int]
+    pinned: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     wanted: list[dict[str, Any]] = field(default_factory=list)  # outputs of the float model
     before: dict[str, TensorStats] = field(default_factory=dict)
     after: dict[str, TensorStats] = field(default_factory=dict)
+    _ranges_before: OutputRanges = field(default_factory=dict)  # by outputs, with few levels
+    _ranges_after: OutputRanges = field(default_factory=dict)
     _taps: dict[str, TapRequest] = field(default_factory=dict)  # of the untouched graph
     _after_taps: dict[str, TapRequest] = field(default_factory=dict)
     _built: dict[frozenset[int], Built] = field(default_factory=dict)
@@ -133,13 +197,32 @@ class Trials:
             if tap.tensor in whole.scaled or not _same(tap, self._taps.get(tap.tensor))
         )
         self.after = self.job.calibrate(whole.graph, list(self._after_taps.values()))
+        if self.job.few_levels:
+            self._ranges_before = self._output_ranges(plain, self.before)
+            self._ranges_after = self._output_ranges(whole, {**self.before, **self.after})
+
+    def _output_ranges(self, built: Built, stats: Stats) -> OutputRanges:
+        job = self.job
+        some = list(islice(iter(job.samples), RANGE_SAMPLES))
+        return solve_output_ranges(
+            built.graph, built.plan, stats, some, threads=job.threads, seed=job.seed
+        )
+
+    @property
+    def _methods(self) -> tuple[str, ...]:
+        if self.job.method != "auto":
+            return (self.job.method,)
+        return (*METHODS, OUTPUT) if self.job.few_levels else METHODS
 
     def build(self, chosen: frozenset[int]) -> Built:
         """Return the float graph with the migrations `chosen`."""
         if chosen not in self._built:
             graph, scaled = self.make(chosen)
-            plan = make_plan(graph, self.job.target, self.job.judged)
-            self._built[chosen] = Built(graph=graph, plan=plan, scaled=scaled)
+            there = set(graph.tensors()) & set(self.pinned)
+            ranges = {**self.job.judged.ranges, **{name: self.pinned[name] for name in there}}
+            policy = replace(self.job.judged, ranges=ranges)
+            plan = make_plan(graph, self.job.target, policy)
+            self._built[chosen] = Built(graph=graph, policy=policy, plan=plan, scaled=scaled)
         return self._built[chosen]
 
     def forget(self, chosen: frozenset[int]) -> None:
@@ -157,17 +240,20 @@ class Trials:
             stats = {**self.after, **self.before}
             changed = self.after if chosen == self.everything else built.scaled & set(self.after)
             stats.update({name: self.after[name] for name in changed})
+            given = {**self._ranges_after, **self._ranges_before}
+            given.update({k: r for k, r in self._ranges_after.items() if k[0] in changed})
             table = choose_qtable(
                 built.graph,
                 built.plan,
                 stats,
-                method=method,
+                method="auto" if method == OUTPUT else method,
+                given=given if method == OUTPUT else None,
                 round_method=self.job.round_method,
                 weight_method=self.job.weight_method,
                 cache=self._ranges,
             )
             quantized, _ = build_quantized(
-                built.graph, built.plan, table, self.job.target, self.job.judged
+                built.graph, built.plan, table, self.job.target, built.policy
             )
             self._outputs[key] = self.job.run(quantized)
         return self._outputs[key]
@@ -175,7 +261,7 @@ class Trials:
     def best_method(self, chosen: frozenset[int]) -> str:
         """Return the range method that suits the migrations `chosen` best."""
         if chosen not in self._best:
-            methods = METHODS if self.job.method == "auto" else (self.job.method,)
+            methods = self._methods
             best = methods[0]
             score = total_sqnr_db(self.wanted, self.outputs(chosen, best))
             for method in methods[1:]:

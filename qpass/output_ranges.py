@@ -31,7 +31,13 @@ from qpass.calibrate.ranges import RangeChoice, rated_range
 from qpass.choose import WIDE_BITS
 from qpass.graph import Graph, Node
 from qpass.passes.equalize.linear import rows_sum_to_one
-from qpass.passes.equalize.linear_error import TINY, apply_linear, row_weights, some_outputs
+from qpass.passes.equalize.linear_error import (
+    TINY,
+    apply_linear,
+    corrected_error,
+    row_weights,
+    some_outputs,
+)
 from qpass.passes.equalize.measure import Specs
 from qpass.passes.equalize.rows import Feeds, SiteRows, Wanted, collect_rows
 from qpass.passes.equalize.site import Product
@@ -231,28 +237,6 @@ class _ProductError:
             got, wanted = ([np.concatenate(parts, axis=-2)] for parts in (got, wanted))
         total += sum(float(corrected_error(*pair).sum()) for pair in zip(got, wanted, strict=True))
         return total / self.power
-
-
-def corrected_error(got: Array, wanted: Array, counts: Array | None = None) -> Array:
-    """Return the squared error that the best gain and offset of each column leave.
-
-    Args:
-        got: float [.., rows, columns].
-        wanted: the same.
-        counts: what each row counts, float64 [rows]; all 1 if None.
-
-    Returns:
-        The sum over rows and columns, float64 [..].
-    """
-    share = np.ones(got.shape[-2]) if counts is None else counts
-    share = share[:, None]
-    total = share.sum()
-    x, y = got.astype(np.float64), wanted.astype(np.float64)
-    x = x - (x * share).sum(axis=-2, keepdims=True) / total
-    y = y - (y * share).sum(axis=-2, keepdims=True) / total
-    xx, xy, yy = ((a * b * share).sum(axis=-2) for a, b in ((x, x), (x, y), (y, y)))
-    error: Array = (yy - np.square(xy) / np.maximum(xx, TINY)).sum(axis=-1)
-    return np.maximum(error, 0.0)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,7 +17,8 @@ from qpass.calibrate.inputs import input_specs
 from qpass.choose import choose_qtable
 from qpass.evidence import taps_of
 from qpass.graph import Graph
-from qpass.output_ranges import METHOD, SHARES, corrected_error, solve_output_ranges
+from qpass.output_ranges import METHOD, SHARES, solve_output_ranges
+from qpass.passes.equalize.linear_error import corrected_error
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.qparams import TensorSpec, choose_qparams, fake_quantize
@@ -212,6 +213,7 @@ def test_the_file_has_the_ranges_that_won(tmp_path: Path, monkeypatch: pytest.Mo
         output=tmp_path / "o.onnx",
         precision="w4a4",
         low_bit_edges=True,
+        equalize=False,
     )
     assert "ranges by trial: by outputs 1.00 dB" in result.notes
     plan, stats = planned(graph, samples * 2)

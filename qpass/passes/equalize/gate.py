@@ -25,15 +25,16 @@ MIN_GAIN_DB: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """The best scales of a site and what they do to its error on samples that did not choose them.
+class Gain:
+    """What an edit does to the error of a site on samples that did not choose it.
 
+    method: what is done.
     before, after: error as a share of the output power, summed over the ops of the site.
     gain_db, gain_error_db: mean over the samples of how much the error falls, and its standard
     error.
     """
 
-    scales: Scales
+    method: str
     before: float
     after: float
     gain_db: float
@@ -49,9 +50,16 @@ class Choice:
     def sentence(self) -> str:
         """The numbers, for a report."""
         return (
-            f"{self.scales.method}: {_db(self.before):.1f} dB -> {_db(self.after):.1f} dB at its "
+            f"{self.method}: {_db(self.before):.1f} dB -> {_db(self.after):.1f} dB at its "
             f"outputs, {self.gain_db:+.1f} +- {self.gain_error_db:.1f} dB a sample"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice(Gain):
+    """The best scales of a site, and what they do."""
+
+    scales: Scales
 
 
 def choose_scales(
@@ -93,6 +101,7 @@ def choose_scales(
     gains = 10 * np.log10(np.maximum(before, TINY) / np.maximum(after, TINY))
     error = float(gains.std(ddof=1)) / math.sqrt(gains.size) if gains.size > 1 else math.inf
     return Choice(
+        method=best.method,
         scales=best,
         before=float(before.mean()),
         after=float(after.mean()),

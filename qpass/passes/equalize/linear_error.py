@@ -186,3 +186,25 @@ def apply_linear(node: Node, inputs: Array, weight: Array) -> Array:
     else:
         matrices = weight.reshape(groups, channels // groups, -1)
     return (by_group @ matrices).transpose(1, 0, 2).reshape(count, -1)
+
+
+def corrected_error(got: Array, wanted: Array, counts: Array | None = None) -> Array:
+    """Return the squared error that the best gain and offset of each column leave.
+
+    Args:
+        got: float [.., rows, columns].
+        wanted: the same.
+        counts: what each row counts, float64 [rows]; all 1 if None.
+
+    Returns:
+        The sum over rows and columns, float64 [..].
+    """
+    share = np.ones(got.shape[-2]) if counts is None else counts
+    share = share[:, None]
+    total = share.sum()
+    x, y = got.astype(np.float64), wanted.astype(np.float64)
+    x = x - (x * share).sum(axis=-2, keepdims=True) / total
+    y = y - (y * share).sum(axis=-2, keepdims=True) / total
+    xx, xy, yy = ((a * b * share).sum(axis=-2) for a, b in ((x, x), (x, y), (y, y)))
+    error: Array = (yy - np.square(xy) / np.maximum(xx, TINY)).sum(axis=-1)
+    return np.maximum(error, 0.0)

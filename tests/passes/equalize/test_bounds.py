@@ -197,9 +197,9 @@ def test_scales_of_a_trained_network_do_not_pass_a_clip():
 
 @pytest.mark.parametrize(
     ("precision", "judged"),
-    [("w4a4", "w8a4"), ("w4a8", "w4a8"), ("w8a8", "w8a8"), ("w8a4", "w8a4")],
+    [("w4a4", "w8a4"), ("w4a8", "w8a8"), ("w8a8", "w8a8"), ("w8a4", "w8a4")],
 )
-def test_with_few_activation_bits_weights_of_eight_bits_judge(precision, judged):
+def test_weights_of_eight_bits_judge(precision, judged):
     graph = block()
     job = job_of(graph, precision)
     assert str(job.judged.precision) == judged
