@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
+from qpass.protos import has_narrow_activations
 from qpass.saturation import exact_entries, saturates
 from qpass.targets.schema import Target
 from qpass.verify.engines import KEEP_SIGNED, session_options
@@ -25,7 +26,7 @@ def open_exact(model: onnx.ModelProto, target: Target, *, threads: int = 0) -> A
     """
     signed = target.activation.storage.signed
     exact = {} if signed else exact_entries()
-    if _has_narrow_activations(model):
+    if has_narrow_activations(model):
         exact = NARROW_IN_FLOAT
     return ort.InferenceSession(
         model.SerializeToString(),
@@ -35,17 +36,4 @@ def open_exact(model: onnx.ModelProto, target: Target, *, threads: int = 0) -> A
             config={**KEEP_SIGNED, **exact},
         ),
         providers=["CPUExecutionProvider"],
-    )
-
-
-def _has_narrow_activations(model: onnx.ModelProto) -> bool:
-    """True where a Q gives integers of 4 bits."""
-    narrow = {
-        tensor.name
-        for tensor in model.graph.initializer
-        if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
-    }
-    return any(
-        node.op_type == "QuantizeLinear" and not narrow.isdisjoint(node.input)
-        for node in model.graph.node
     )

@@ -1,4 +1,4 @@
-"""Parts of ONNX protos that graphsurgeon does not carry: headers, node metadata, control flow."""
+"""Questions about protos, and parts that graphsurgeon does not carry: headers, metadata, bodies."""
 
 from __future__ import annotations
 
@@ -66,3 +66,16 @@ def free_names(graph: onnx.GraphProto) -> list[str]:
         made |= set(node.output)
     free.update((value.name, None) for value in graph.output if value.name not in made)
     return list(free)
+
+
+def has_narrow_activations(model: onnx.ModelProto) -> bool:
+    """True where a Q gives integers of 4 bits."""
+    narrow = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
+    }
+    return any(
+        node.op_type == "QuantizeLinear" and not narrow.isdisjoint(node.input)
+        for node in model.graph.node
+    )

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 
 from qpass.errors import InternalError
 from qpass.graph import Constant, Graph, Node, array_of
+from qpass.protos import has_narrow_activations
 from qpass.saturation import saturates
 
 Array = NDArray[Any]
@@ -28,6 +29,7 @@ _AS_REQUESTED: Final = 1  # an arena grows by what is asked for, not to the next
 # behind a DQ as they are: the engine rounds them to 8 bits at load where a Q follows
 # (WeightBiasQuantization, microsoft/onnxruntime pull request 22969).
 _QDQ_IN_FLOAT: Final = ("session.disable_quant_qdq", "1")
+_FLOAT_ACTIVATIONS: Final = ("session.qdq_matmulnbits_accuracy_level", "1")
 # With static shapes it turns an integer MatMul in front of a float Add into a float Gemm, and
 # where the activations are signed version 1.31 then refuses the Q in front ("output_dtype INT8
 # does not match y_zero_point type UINT8"). Results rewrite such biases, see `lower`.
@@ -155,7 +157,10 @@ class Submodel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        if qdq_in_float or saturates():
+        # Where weights alone are integers, the engine's default rounds the activations to 8 bits
+        # for the product on a CPU with VNNI: corrections would chase that noise.
+        options.add_session_config_entry(*_FLOAT_ACTIVATIONS)
+        if qdq_in_float or saturates() or has_narrow_activations(model):
             options.add_session_config_entry(*_QDQ_IN_FLOAT)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

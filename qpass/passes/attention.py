@@ -245,11 +245,11 @@ def moved(node: Node, ids: Array, shapes: Shapes) -> Iterator[tuple[Tensor, Arra
         return
     constants = {t.name: shapes.value(t) for t in node.inputs[1:] if t.name}
     outputs = [t for t in node.outputs if t.name]
-    arrays = _run_alone(node, ids, constants, [t.name for t in outputs], shapes.graph.opset)
+    arrays = run_alone(node, ids, constants, [t.name for t in outputs], shapes.graph.opset)
     yield from zip(outputs, arrays, strict=True)
 
 
-def _run_alone(
+def run_alone(
     node: Node, ids: Array, constants: Mapping[str, Array], outputs: list[str], opset: int
 ) -> list[Array]:
     """Run one moving op by the definition of ONNX."""

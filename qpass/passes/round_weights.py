@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Graph, array_of
+from qpass.passes.live_rows import LiveRows
 from qpass.passes.model_gate import GATED_CONFIDENCE, judge
 from qpass.passes.rounding.basic_units import find_basic_units
 from qpass.passes.rounding.descend import descend
@@ -226,6 +227,10 @@ def round_weights(
         for name, reason in refused.items():
             walk.refuse(name, f"{reason}: the nearest integers stay")
         walk.few_bits = bool(coarse) or any(not _is_wide(layer) for layer in layers.values())
+        live = LiveRows(reference)
+        alive = [live.of(batch) for batch in batches]
+        for name, layer in layers.items():
+            layer.live = [found.get(name) for found in alive]
         if guided:
             guide = guide_rows(reference, list(layers), batches, seed=seed, threads=threads)
             if isinstance(guide, str):

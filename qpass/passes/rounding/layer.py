@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, Slot, find_site, fold
+from qpass.passes.live_rows import row_counts
 from qpass.passes.requantize import scaled_weight
 from qpass.passes.residual import skip_of
 from qpass.passes.rounding.grid import Grid, grid_of
@@ -41,6 +42,8 @@ class Layer:
         The float weight that was rounded, refitted or not, float64 [groups, inputs, outputs].
     guide
         Roots of the weights of the rows for each batch, see `guide`.
+    live
+        For each batch which rows an output can see, None: all of them; see `live_rows`.
     rescaled
         Whether `rescale` has changed its numbers.
     """
@@ -57,6 +60,7 @@ class Layer:
     offsets: list[Array] = field(default_factory=list)
     wanted: Array | None = None
     guide: Sequence[Array] | None = None
+    live: Sequence[Array | None] = ()
     rescaled: bool = False
 
     @property
@@ -72,7 +76,11 @@ class Layer:
             normed: the weights by the norm behind, of that shape, if there is one.
         """
         if self.guide is None:
-            return normed
+            live = self.live[batch] if self.live else None
+            if live is None:
+                return normed
+            counts = row_counts(live)[..., None]
+            return counts if normed is None else counts * normed
         roots = np.expand_dims(self.guide[batch], self.site.axis)
         return roots if normed is None else roots * np.sqrt(normed)
 

@@ -49,11 +49,11 @@ def measure(
     held_rows = HELD_ROWS // (batches - first_held)
     pairs = _pairs(step, layer, with_skips=with_skips)
     sums.update_all(
-        (inputs, wanted, _pick(layout.positions(wanted), fit_rows, random), weights)
-        for inputs, wanted, weights in islice(pairs, first_held)
+        (inputs, wanted, _pick(layout.positions(wanted), fit_rows, random, live), weights)
+        for inputs, wanted, weights, live in islice(pairs, first_held)
     )
-    for inputs, wanted, weights in pairs:
-        picked = _pick(layout.positions(wanted), held_rows, random)
+    for inputs, wanted, weights, live in pairs:
+        picked = _pick(layout.positions(wanted), held_rows, random, live)
         counts = np.ones(len(picked)) if weights is None else weights[picked]
         held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts))
     return sums, HeldRows(
@@ -65,8 +65,8 @@ def measure(
 
 def _pairs(
     step: Step, layer: Layer, *, with_skips: bool
-) -> Iterator[tuple[Array, Array, Array | None]]:
-    """Yield for each batch the quantized input of a layer, what the product should give, weights.
+) -> Iterator[tuple[Array, Array, Array | None, Array | None]]:
+    """Yield for each batch the quantized input, what the product should give, weights, live rows.
 
     By what a norm divides the sum behind a layer is how much the rows of the layer count.
     """
@@ -83,12 +83,16 @@ def _pairs(
             if with_skips:
                 aim = aim + (floating - quantized)
         weights = layer.guided(number, normed)
-        yield inputs, aim, None if weights is None else weights.ravel()
+        live = layer.live[number] if layer.live else None
+        yield inputs, aim, None if weights is None else weights.ravel(), live
 
 
-def _pick(rows: int, quota: int, random: np.random.Generator) -> Array:
-    """Return the numbers of at most `quota` rows, sorted."""
+def _pick(rows: int, quota: int, random: np.random.Generator, live: Array | None) -> Array:
+    """Return the numbers of at most `quota` rows, sorted; live ones come first."""
     quota = max(1, quota)
     if rows <= quota:
         return np.arange(rows)
-    return np.sort(random.choice(rows, quota, replace=False))
+    if live is None or live.size != rows:
+        return np.sort(random.choice(rows, quota, replace=False))
+    order = random.permutation(rows)
+    return np.sort(order[np.argsort(~live.ravel()[order], kind="stable")][:quota])
