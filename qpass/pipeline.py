@@ -355,7 +355,8 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         numbers,
         method=method,
         aim=run.aim,
-        memory_bytes=run.options.memory_bytes // 2,
+        # adaround holds what a unit reads and gives beside the stream, and torch what it needs.
+        memory_bytes=run.options.memory_bytes // (8 if method == "adaround" else 2),
         threads=run.options.jobs,
         seed=run.options.seed,
         iterations=run.options.iterations,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from qpass.cli import main
 from qpass.equalization import Job, equalize
 from qpass.evidence import taps_of
 from qpass.graph import Graph
+from qpass.migration_trial import Trials
 from qpass.passes.model_gate import Verdict
 from qpass.targets import load_target
 from tests.oracle import ort, ort_plain, reference, relative_error
@@ -82,6 +84,37 @@ def test_it_migrates_buys_one_mul_and_says_so():
     wanted = reference(graph.to_model(), inputs)
     for engine in (reference, ort_plain, ort):
         assert relative_error(engine(result.graph.to_model(), inputs), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w3a8", "w2a8"])
+def test_weights_of_few_bits_hide_no_purchase(precision: str):
+    """To nearest, as they are then, their error alone is larger than what the Mul takes away."""
+    graph = network()
+    job = replace(job_of(graph), policy=policy_of(precision, low_bit_edges=True))
+    (mul,) = equalize(graph, job).muls
+    assert "down" in mul
+
+
+@pytest.mark.parametrize(("precision", "few"), [("w8a8", False), ("w8a4", True)])
+def test_with_few_levels_ranges_by_outputs_judge_as_well(precision: str, few: bool, monkeypatch):
+    graph, seen = network(), []
+    job = replace(job_of(graph), policy=policy_of(precision, low_bit_edges=True), method="auto")
+    trials = Trials(job=job, make=lambda _: (graph, frozenset()), everything=frozenset())
+    trials.prepare()
+    run = Trials.outputs
+    monkeypatch.setattr(
+        Trials, "outputs", lambda self, chosen, how: (seen.append(how), run(self, chosen, how))[1]
+    )
+    trials.best_method(frozenset())
+    assert ("output" in seen) is few
+
+
+def test_with_few_levels_less_is_enough():
+    many, few = (job_of(network(), precision) for precision in ("w8a8", "w8a4"))
+    assert few.site_db < many.site_db
+    assert few.model_db < many.model_db
+    assert few.most_bought > many.most_bought
+    assert few.confidence < many.confidence
 
 
 def test_alike_channels_are_left_alone():
