@@ -180,7 +180,9 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--rms-norm/--no-rms-norm", default=None, help="LayerNorm becomes RMSNorm.")
 @click.option("--static-norm", type=float, metavar="R2", help="LayerNorm becomes affine above R2.")
-@click.option("--equalize/--no-equalize", default=None, help="Migrate scales (default: on).")
+@click.option(
+    "--equalize/--no-equalize", default=None, help="Migrate scales; may buy ops (default: on)."
+)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
 @click.option("--bits", multiple=True, metavar="PATTERN=wNaM", help="Precision of single nodes.")
 @click.option("--block-size", type=int, help="Weights only: rows with one scale (default 32).")
