@@ -67,7 +67,7 @@ def aimet() -> Callable[[Task], Fact]:
             count = int(options.get("iterations", AIMET_ITERATIONS))
             aimet_onnx.apply_adaround(sim, data, num_iterations=count)
         sim.compute_encodings(data)
-        found = _store_narrow(sim, bits)
+        found = store_narrow(sim, bits)
         onnx.save(sim.to_onnx_qdq(prequantize_constants=True), task.output)
         return {"narrow_weights": found}
 
@@ -91,7 +91,7 @@ def narrow_nodes(model: onnx.ModelProto, bits: int) -> list[str]:
     return [] if bits == 8 else [node.name for node in linear_ops(model)[1:-1]]
 
 
-def _store_narrow(sim: Any, bits: int) -> int:
+def store_narrow(sim: Any, bits: int) -> int:
     """Return how many weights AIMET has with `bits`; where ONNX has no such type, widen it.
 
     The values do not change: the same scale, and codes that leave the wider type's ends unused.
