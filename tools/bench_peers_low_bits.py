@@ -1,6 +1,7 @@
 """Peers with weights of fewer than 8 bits: AIMET, and two that keep activations in float.
 
-    aimet[:minmax|enhanced][,bits=4][,seqmse=true[,candidates=20]][,adaround=true[,iterations=300]]
+    aimet[:minmax|enhanced][,bits=4][,cle=true]
+         [,seqmse=true[,candidates=20]][,adaround=true[,iterations=300]]
     ort:nbits|rtn|gptq|hqq|kquant[,block=32][,symmetric=true][,ends=float]
     nncf:int4[,block=32[,least=4]][,symmetric=false][,awq=true][,scales=true][,all=true]
 
@@ -46,6 +47,9 @@ def aimet() -> Callable[[Task], Fact]:
         model = onnx.load(with_opset(task, PER_CHANNEL_OPSET))
         name_nodes(model)
         aimet_onnx.batch_norm_fold.fold_all_batch_norms_to_weight(model)
+        if options.get("cle"):
+            equalization: Any = importlib.import_module("aimet_onnx.cross_layer_equalization")
+            equalization.equalize_model(model)
         data = list(task.samples)
         narrow = narrow_nodes(model, bits)
         sim = aimet_onnx.QuantizationSimModel(
