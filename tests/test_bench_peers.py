@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # scripts, not a package
 
 from bench_peers import Reader, narrow_weights, parse_contestant
-from bench_peers_low_bits import end_nodes, name_nodes, narrow_nodes, store_narrow
+from bench_peers_low_bits import end_nodes, name_nodes, narrow_inputs, store_narrow
 from bench_samples import write_samples
 
 
@@ -104,35 +104,36 @@ def test_peers_have_no_other_arguments(text: str) -> None:
         parse_contestant(text)
 
 
-def test_ops_that_aimet_gets_narrow_are_those_between_the_ends() -> None:
+def test_weights_that_aimet_gets_narrow_are_those_between_the_ends() -> None:
     model = linear_chain()
-    name_nodes(model)
-    by_name = {node.name: node.input[1] for node in model.graph.node if len(node.input) > 1}
-    assert [by_name[name] for name in narrow_nodes(model, 4)] == ["middle", "rows", "columns"]
-    assert [by_name[name] for name in end_nodes(model)] == ["first", "last"]
-    assert narrow_nodes(model, 8) == []
+    assert narrow_inputs(model, 4) == ["middle", "rows", "columns"]
+    assert narrow_inputs(model, 8) == []
 
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_aimet_has_no_weights_of_such_bits(bits: int) -> None:
     with pytest.raises(ValueError, match=f"bits={bits} is not"):
-        narrow_nodes(linear_chain(), bits)
+        narrow_inputs(linear_chain(), bits)
 
 
 def test_narrow_ops_have_weights_of_their_own() -> None:
     model = linear_chain()
-    node = helper.make_node("MatMul", ["c", "c"], ["e"], name="no weight")
-    model.graph.node.insert(3, node)
-    name_nodes(model)
-    assert "no weight" not in narrow_nodes(model, 4)
+    model.graph.node.insert(3, helper.make_node("MatMul", ["c", "c"], ["e"]))
+    assert "c" not in narrow_inputs(model, 4)
 
 
-def test_one_op_is_both_ends() -> None:
+def test_weight_that_an_end_shares_stays_wide() -> None:
     model = linear_chain()
-    del model.graph.node[1:]
+    model.graph.node[-1].input[1] = "middle"
+    assert narrow_inputs(model, 4) == ["rows", "columns"]
+
+
+def test_ends_are_named_by_their_ops() -> None:
+    model = linear_chain()
     name_nodes(model)
+    assert end_nodes(model) == [model.graph.node[0].name, model.graph.node[-1].name]
+    del model.graph.node[1:]
     assert len(end_nodes(model)) == 1
-    assert narrow_nodes(model, 4) == []
 
 
 def test_names_are_given_where_there_are_none() -> None:

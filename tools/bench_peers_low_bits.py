@@ -37,7 +37,6 @@ Fact = dict[str, Any]
 def aimet() -> Callable[[Task], Fact]:
     """Scales and rounding by AIMET, in its simulation, written as QDQ."""
     aimet_onnx: Any = importlib.import_module("aimet_onnx")
-    quantsim: Any = importlib.import_module("aimet_onnx.quantsim")
     configuration: Any = importlib.import_module("aimet_onnx.common.quantsim_config")
     per_channel = Path(configuration.__file__).with_name("default_config_per_channel.json")
 
@@ -51,7 +50,7 @@ def aimet() -> Callable[[Task], Fact]:
             equalization: Any = importlib.import_module("aimet_onnx.cross_layer_equalization")
             equalization.equalize_model(model)
         data = list(task.samples)
-        narrow = narrow_nodes(model, bits)
+        narrow = narrow_inputs(model, bits)
         sim = aimet_onnx.QuantizationSimModel(
             model,
             param_type="int8",
@@ -61,9 +60,8 @@ def aimet() -> Callable[[Task], Fact]:
             dummy_input=data[0],
             providers=["CPUExecutionProvider"],
         )
-        if narrow:
-            kind = aimet_onnx.qtype.int(bits)
-            quantsim.set_param_type(sim, kind, nodes_to_include=set(narrow))
+        for name in narrow:
+            sim.qc_quantize_op_dict[name].set_precision(aimet_onnx.qtype.int(bits))
         if options.get("seqmse"):
             count = int(options.get("candidates", SEQMSE_CANDIDATES))
             aimet_onnx.apply_seq_mse(sim, data, num_candidates=count)
@@ -71,7 +69,9 @@ def aimet() -> Callable[[Task], Fact]:
             count = int(options.get("iterations", AIMET_ITERATIONS))
             aimet_onnx.apply_adaround(sim, data, num_iterations=count)
         sim.compute_encodings(data)
-        found = store_narrow(sim, bits)
+        found = store_narrow(sim, bits) if narrow else 0
+        if found != len(narrow):
+            raise RuntimeError(f"AIMET put {found} of {len(narrow)} weights on {bits} bits")
         onnx.save(sim.to_onnx_qdq(prequantize_constants=True), task.output)
         return {"narrow_weights": found}
 
@@ -84,15 +84,17 @@ def name_nodes(model: onnx.ModelProto) -> None:
         node.name = node.name or f"node_{number}"
 
 
-def narrow_nodes(model: onnx.ModelProto, bits: int) -> list[str]:
-    """Return the names of the linear ops whose weights get `bits`; none of them for 8.
+def narrow_inputs(model: onnx.ModelProto, bits: int) -> list[str]:
+    """Return the names of the weights that get `bits`; none of them for 8.
 
     Raises:
         ValueError: `bits` is not between 2 and 8.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits} is not between 2 and 8")
-    return [] if bits == 8 else [node.name for node in linear_ops(model)[1:-1]]
+    names = [node.input[1] for node in linear_ops(model)]
+    kept = {*names[:1], *names[-1:]}
+    return [] if bits == 8 else [name for name in dict.fromkeys(names) if name not in kept]
 
 
 def store_narrow(sim: Any, bits: int) -> int:
