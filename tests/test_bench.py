@@ -321,6 +321,12 @@ def test_bars_are_met_on_their_edges() -> None:
     }
 
 
+def test_any_peer_can_be_the_fastest() -> None:
+    aimet = made_row("aimet:enhanced", sqnr_db=1.0, latency_ratio=0.4)
+    assert verdicts([own_row(), *PEERS])["latency of the fastest peer"]
+    assert not verdicts([own_row(), *PEERS, aimet])["latency of the fastest peer"]
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -54,8 +54,11 @@ def test_pairs(name: str, values: dict[str, Any], met: bool) -> None:
     ("sqnr", "latency", "met"),
     [(18.0, 0.5, True), (18.1, 0.5, False), (30.0, 0.53, None)],
 )
-def test_peers_count_where_they_are_as_fast(sqnr: float, latency: float, met: bool | None) -> None:
-    peer = row("nncf", sqnr_db=sqnr, latency_ratio=latency)
+@pytest.mark.parametrize("name", ["nncf", "aimet:enhanced"])
+def test_peers_count_where_they_are_as_fast(
+    name: str, sqnr: float, latency: float, met: bool | None
+) -> None:
+    peer = row(name, sqnr_db=sqnr, latency_ratio=latency)
     assert verdict("2 dB above the best peer", row("float"), peer, row(WITH)) is met
 
 

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, default=2.0, help="of timing per contestant")
     run.add_argument("--repeat", type=int, default=1, help="do everything timed so many times")
     run.add_argument(
-        "--peer-python", action="append", default=[], metavar="NAME=PATH", help="for nncf, quark"
+        "--peer-python", action="append", default=[], metavar="NAME=PATH", help="nncf, quark, aimet"
     )
     run.add_argument("--no-calibration", action="store_true", help="skip the cost of calibration")
 

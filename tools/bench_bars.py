@@ -23,7 +23,7 @@ OWN_ENGINE: Final = {
     "qpass:openvino-avx2": "openvino",
 }
 SQNR_PEERS: Final = ("ort:minmax", "ort:entropy", "ort:percentile")
-PEERS: Final = ("ort:", "nncf", "quark")
+PEERS: Final = ("ort:", "nncf", "quark", "aimet")
 LATENCY_MARGIN: Final = 1.02
 SIZE: Final = 0.27
 HARD_MODEL: Final = "vit_tiny"

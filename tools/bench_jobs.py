@@ -170,8 +170,8 @@ def _quantize(job: Job) -> Result:
 
 
 def _version(package: str | None) -> str:
-    # quark's distribution is not called like its package.
-    names = {"quark": "amd-quark"}
+    # Distributions that are not called like their package.
+    names = {"quark": "amd-quark", "aimet_onnx": "aimet-onnx"}
     return metadata.version(names.get(package, package)) if package else ""
 
 

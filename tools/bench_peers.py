@@ -9,6 +9,7 @@ A contestant is written ``KIND[:ARGUMENT[,KEY=VALUE...]]``:
     nncf[,preset=performance][,accurate=true]    nncf.quantize, fast or accurate bias correction
     quark[:minmax|entropy|percentile][,bias=true]   quark.onnx, U8S8, per channel
     quark,bits=4[,adaround=true[,iterations=1000]]   the same, weights on a grid of 4 bits
+    aimet,bits=4[,adaround=true]         AIMET, and ort:gptq, nncf:int4: see bench_peers_low_bits
     file:PATH                            a file made elsewhere; {model} in PATH is the model's name
 
 Every function runs in a process of its own, in the Python that has the peer; this module therefore
@@ -40,6 +41,7 @@ QPASS_BATCH: Final = 4  # its default
 HELD_SHARE: Final = 0.25  # of the calibration samples that qpass holds out, its default
 ADAROUND_ITERATIONS: Final = 1000  # a layer, the default of quark.onnx
 SCALE_MARGIN: Final = 1e-5  # keeps the largest weight below its code, so that no code is added
+ORT_BLOCKS: Final = ("nbits", "rtn", "gptq", "hqq", "kquant")  # weights of 4 bits in blocks
 DEFAULT_CONTESTANTS: Final = (
     "float",
     "qpass:ort-x86",
@@ -68,7 +70,7 @@ class Contestant:
     @property
     def package(self) -> str | None:
         """The package that has to be there, where it may be missing."""
-        return {"nncf": "nncf", "quark": "quark"}.get(self.kind)
+        return {"nncf": "nncf", "quark": "quark", "aimet": "aimet_onnx"}.get(self.kind)
 
 
 def parse_contestant(text: str) -> Contestant:
@@ -82,9 +84,10 @@ def parse_contestant(text: str) -> Contestant:
     known: dict[str, tuple[str, ...] | None] = {
         "float": ("",),
         "qpass": None,
-        "ort": ("minmax", "entropy", "percentile", "dynamic"),
-        "nncf": ("",),
+        "ort": ("minmax", "entropy", "percentile", "dynamic", *ORT_BLOCKS),
+        "nncf": ("", "int4"),
         "quark": ("", "minmax", "entropy", "percentile"),
+        "aimet": ("", "minmax", "enhanced"),
         "file": None,
     }
     if kind not in known:
@@ -132,7 +135,14 @@ def quantizer(contestant: Contestant) -> Callable[[Task], dict[str, Any]]:
     Raises:
         ImportError: the package is not in this Python.
     """
-    return {"qpass": _qpass, "ort": _ort, "nncf": _nncf, "quark": _quark}[contestant.kind]()
+    import bench_peers_low_bits as low_bits  # which needs this module
+
+    if contestant.kind == "ort" and contestant.argument in ORT_BLOCKS:
+        return low_bits.ort_blocks()
+    if contestant.kind == "nncf" and contestant.argument:
+        return low_bits.nncf_weights()
+    known = {"qpass": _qpass, "ort": _ort, "nncf": _nncf, "quark": _quark, "aimet": low_bits.aimet}
+    return known[contestant.kind]()
 
 
 def _qpass() -> Callable[[Task], dict[str, Any]]:
@@ -174,7 +184,7 @@ def _ort() -> Callable[[Task], dict[str, Any]]:
 
     def run(task: Task) -> dict[str, Any]:
         method = task.contestant.argument
-        model = _with_opset(task, PER_CHANNEL_OPSET)
+        model = with_opset(task, PER_CHANNEL_OPSET)
         if method == "dynamic":
             # Not the convolutions: dynamic ones run many times slower than float.
             quantize_dynamic(
@@ -189,7 +199,7 @@ def _ort() -> Callable[[Task], dict[str, Any]]:
         quantize_static(
             model,
             task.output,
-            _Reader(task.samples),
+            Reader(task.samples),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -210,7 +220,7 @@ def _nncf() -> Callable[[Task], dict[str, Any]]:
     nncf: Any = importlib.import_module("nncf")
 
     def run(task: Task) -> dict[str, Any]:
-        model = onnx.load(_with_opset(task, PER_CHANNEL_OPSET))
+        model = onnx.load(with_opset(task, PER_CHANNEL_OPSET))
         preset = str(task.contestant.options.get("preset", "mixed")).upper()
         attention = any(node.op_type == "Softmax" for node in model.graph.node)
         quantized = nncf.quantize(
@@ -247,7 +257,7 @@ def _quark() -> Callable[[Task], dict[str, Any]]:
         if options.get("adaround"):
             count = int(options.get("iterations", ADAROUND_ITERATIONS))
             algorithms.append(quark.AdaRoundConfig(num_iterations=count))
-        model = _with_opset(task, PER_CHANNEL_OPSET).resolve()
+        model = with_opset(task, PER_CHANNEL_OPSET).resolve()
         bits, overrides = int(options.get("bits", 8)), {}
         if bits != 8:
             model = _folded(model, task.scratch.resolve())
@@ -258,7 +268,7 @@ def _quark() -> Callable[[Task], dict[str, Any]]:
             extra_options={"TensorQuantOverrides": overrides},
         )
         output = str(task.output.resolve())
-        reader = _Reader(replace(task.samples, path=task.samples.path.resolve()))
+        reader = Reader(replace(task.samples, path=task.samples.path.resolve()))
         with contextlib.chdir(task.scratch):  # it leaves a list of what it did where it runs
             quark.ModelQuantizer(config).quantize_model(str(model), output, reader)
         _check_codes(onnx.load(output), overrides, bits)
@@ -308,11 +318,7 @@ def narrow_weights(model: onnx.ModelProto, bits: int) -> dict[str, list[dict[str
     from onnxruntime.quantization import QuantType
 
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    linear = [
-        node
-        for node in model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights
-    ]
+    linear = linear_ops(model)
     kept = {node.input[1] for node in (*linear[:1], *linear[-1:])}
     largest = 2 ** (bits - 1) - 1
     overrides = {}
@@ -330,21 +336,40 @@ def narrow_weights(model: onnx.ModelProto, bits: int) -> dict[str, list[dict[str
     return overrides
 
 
-class _Reader:
+def linear_ops(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the ops with constant weights, in the order of the graph."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights
+    ]
+
+
+class Reader:
     """The reader that onnxruntime.quantization, and those built on it, want: one batch a call."""
 
     def __init__(self, samples: StoredSamples) -> None:
+        """Read `samples`, one at a time."""
         self._samples = samples
-        self.rewind()
+        self._iterator: Iterator[Feeds] | None = None  # none yet, for some copy the reader
+
+    def __iter__(self) -> Iterator[Feeds]:
+        """Read all of them from the first on."""
+        return iter(self._samples)
 
     def rewind(self) -> None:
-        self._iterator: Iterator[Feeds] = iter(self._samples)
+        """Begin again."""
+        self._iterator = None
 
     def get_next(self) -> Feeds | None:
+        """Return the next sample, None behind the last."""
+        if self._iterator is None:
+            self._iterator = iter(self._samples)
         return next(self._iterator, None)
 
 
-def _with_opset(task: Task, least: int) -> Path:
+def with_opset(task: Task, least: int) -> Path:
     """Return the model file, or a copy converted to opset `least` when it is older."""
     model = onnx.load(task.model, load_external_data=False)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
