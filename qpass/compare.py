@@ -12,9 +12,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qpass.protos import has_narrow_activations
 from qpass.saturation import saturates
 from qpass.verify.engines import KEEP_SIGNED, session_options
 from qpass.verify.metrics import ErrorMeter
+from qpass.verify.session import NARROW_IN_FLOAT
 
 Array = NDArray[Any]
 COMPARED_OPS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -96,10 +98,11 @@ def _tapped(model: onnx.ModelProto, taps: list[str]) -> tuple[Any, list[str]]:
         if name not in known:
             value = types.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
             tapped.graph.output.append(value)
+    narrow = NARROW_IN_FLOAT if has_narrow_activations(model) else {}
     session = ort.InferenceSession(
         tapped.SerializeToString(),
         # Where kernels saturate, the graph as it is written is the exact one.
-        session_options(threads=0, optimize=not saturates(), config=KEEP_SIGNED),
+        session_options(threads=0, optimize=not saturates(), config={**KEEP_SIGNED, **narrow}),
         providers=["CPUExecutionProvider"],
     )
     return session, taps
