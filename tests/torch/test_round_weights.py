@@ -128,7 +128,7 @@ def test_learned_steps_are_in_the_file_and_in_the_report(tmp_path: Path) -> None
 
 
 def test_units_that_are_learned_change_and_cost_nothing() -> None:
-    """Units judge by themselves (`test_reconstruct`): together they may not lose what each gains."""
+    """Each unit judges by itself (`test_reconstruct`): together they must not lose."""
     found = {}
     for method in ("unit", "adaround"):
         reference = residual_cnn()
