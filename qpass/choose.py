@@ -202,7 +202,8 @@ def _activation_range(
     given: GivenRanges,
 ) -> RangeChoice:
     if decision.pinned is not None:
-        return RangeChoice(low=decision.pinned[0], high=decision.pinned[1], method="user", mse=0.0)
+        low, high = decision.pinned
+        return RangeChoice(low=low, high=high, method="pinned", mse=0.0)
     if (decision.tensor, decision.spec) in given:
         return given[decision.tensor, decision.spec]
     if decision.tensor not in stats:

@@ -55,10 +55,10 @@ Place = Site | Refused | RowMaxima
 class Equalization:
     """The migrated graph and what there is to say about it.
 
-    `muls` lists what was added at run time; `ranges` are those that it needs no calibration for, by
-    tensor. `scaled` names the linear ops whose outputs are not
+    `muls` lists what was added at run time. `scaled` names the linear ops whose outputs are not
     those of the model any more. `key` tells the graph from others with the same source: "" when
-    nothing was migrated. `stats` are the statistics of the migrated graph over all samples.
+    nothing was migrated. `stats` are the statistics of the migrated graph over all samples;
+    `ranges`, by tensor, are those that need none.
     """
 
     graph: Graph

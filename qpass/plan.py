@@ -52,7 +52,7 @@ class Decision:
     group: str | None = None
     channel_axis: int | None = None
     mask_below: float | None = None
-    pinned: tuple[float, float] | None = None  # range that the user fixed
+    pinned: tuple[float, float] | None = None  # range that the user, or a rewrite, fixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,7 @@ def test_pinned_range_needs_no_statistics() -> None:
     policy = replace(W8A8, ranges=dict.fromkeys(("x", "y", "z"), (-1.0, 1.0)))
     plan = make_plan(graph, TARGETS["ort-x86"], policy)
     table = choose_qtable(graph, plan, {})
-    assert {table.ranges[d.key].method for d in plan.activations()} == {"user"}
+    assert {table.ranges[d.key].method for d in plan.activations()} == {"pinned"}
     assert float(table.qparams["x"].scale) == np.float32(2 / 255)
 
 

@@ -87,6 +87,7 @@ def _live_rows(graph: Graph, given: Mapping[str, Shape]) -> dict[str, Array]:
             rows = np.asarray(live.any(axis=-1))
             if not rows.all():
                 found[node.name] = rows
+        walk.forget(node)
     return found
 
 
@@ -129,6 +130,11 @@ class _Walk:
             self.live[tensor.name] = None
         else:
             self.live[tensor.name] = live | before
+
+    def forget(self, node: Node) -> None:
+        """Drop what is known of a node's outputs: all that read them have been visited."""
+        for tensor in node.outputs:
+            self.live.pop(tensor.name, None)
 
     def visit(self, node: Node) -> None:
         """Note what a node reads of its inputs; those behind it have been visited."""
