@@ -10,7 +10,9 @@ from onnx.reference import ReferenceEvaluator
 
 from qpass.graph import Graph
 from qpass.passes.live_rows import DEAD, LiveRows, row_counts
+from qpass.passes.round_weights import round_weights
 from qpass.passes.rounding.measure import _pick
+from tests.rounded import numbers_of, quantized_at
 from tests.small_models import from_text, transformer
 
 WIDTH = 8
@@ -140,3 +142,43 @@ def test_live_rows_are_picked_first_and_count_most(rows: list[bool], quota: int,
     picked = _pick(live.size, quota, np.random.default_rng(seed), live)
     assert picked.size == min(quota, live.size) == np.unique(picked).size
     assert live[picked].sum() == min(live.sum(), picked.size)
+
+
+CLASSIFIER = """
+<ir_version: 10, opset_import: ["": 21]>
+classifier (float[B,20,16] x) => (float[B,1,12] y)
+{
+    f = MatMul (x, f_w)
+    t = Gather <axis = 1> (f, first)
+    y = Identity (t)
+}
+"""
+
+
+def test_rounding_spends_itself_on_the_rows_that_are_read(monkeypatch: pytest.MonkeyPatch):
+    """The first token lies in a few directions, the nineteen others in the rest."""
+    random = np.random.default_rng(8)
+    reference = from_text(
+        CLASSIFIER,
+        f_w=(random.standard_normal((16, 12)) / 4.0).astype(np.float32),
+        first=np.array([0], np.int64),
+    )
+    basis, _ = np.linalg.qr(random.standard_normal((16, 16)))
+
+    def batch() -> dict[str, np.ndarray]:
+        x = random.standard_normal((4, 20, 12)) @ basis[:12]
+        x[:, 0] = random.standard_normal((4, 6)) @ basis[10:]
+        return {"x": x.astype(np.float32)}
+
+    batches, unseen = [batch() for _ in range(24)], batch()
+    errors = []
+    for of in (LiveRows.of, lambda *_: {}):
+        monkeypatch.setattr(LiveRows, "of", of)
+        graph, table, plan = quantized_at(reference, "w3a8")
+        numbers = numbers_of(plan, table)
+        round_weights(reference, graph, batches, numbers, method="gptq", threads=1)
+        got, wanted = (
+            ReferenceEvaluator(one.to_model()).run(None, unseen)[0] for one in (graph, reference)
+        )
+        errors.append(float(np.square(got - wanted).sum()))
+    assert errors[0] < errors[1] / 2.0
