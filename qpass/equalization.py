@@ -299,7 +299,8 @@ def _decide(
         if not keep:
             chosen, current = rest, without
             reason = f"the model does not gain by it: {verdict.sentence}"
-            refusals += [Refusal(rule=RULE, where=m.place.tensor, reason=reason) for m in group]
+            rule = RULE_BUY if group[0].bought else RULE
+            refusals += [Refusal(rule=rule, where=m.place.tensor, reason=reason) for m in group]
     if not chosen:
         return _nothing(graph, refusals, ())
     before, after = (trials.best_outputs(c) for c in (frozenset[int](), chosen))

@@ -98,16 +98,19 @@ def choose_scales(
     plain_share = min(measure.shares, key=lambda s: float(measure.errors(plain, fit, s).sum()))
     before = measure.errors(plain, held, plain_share)
     after = measure.errors(best, held, share)
+    return Choice(method=best.method, scales=best, **gain_numbers(before, after))
+
+
+def gain_numbers(before: Array, after: Array) -> dict[str, float]:
+    """Return what `Gain` says of the errors of some samples, float64 [samples] each."""
     gains = 10 * np.log10(np.maximum(before, TINY) / np.maximum(after, TINY))
     error = float(gains.std(ddof=1)) / math.sqrt(gains.size) if gains.size > 1 else math.inf
-    return Choice(
-        method=best.method,
-        scales=best,
-        before=float(before.mean()),
-        after=float(after.mean()),
-        gain_db=float(gains.mean()),
-        gain_error_db=error,
-    )
+    return {
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "gain_db": float(gains.mean()),
+        "gain_error_db": error,
+    }
 
 
 def ideal_gain_db(reader: Reader, low: Array, high: Array, specs: Specs) -> float:

@@ -20,7 +20,6 @@ Sources: SageAttention (Zhang et al., ICLR 2025) and INT-FlashAttention (Chen et
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -29,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Constant, Graph, Node, Tensor
-from qpass.passes.equalize.gate import Gain
+from qpass.passes.equalize.gate import Gain, gain_numbers
 from qpass.passes.equalize.linear import rows_sum_to_one
 from qpass.passes.equalize.linear_error import TINY, corrected_error
 from qpass.passes.equalize.measure import COARSE_SHARES, Specs
@@ -130,16 +129,7 @@ def judge_row_maxima(rows: ProductRows, spec: TensorSpec) -> Gain:
     share = min(SHARES, key=lambda one: sum(plain(pair, one) for pair in fit))
     before = np.array([plain(pair, share) for pair in held])
     after = np.array([divided(pair) for pair in held])
-    gains = 10 * np.log10(np.maximum(before, TINY) / np.maximum(after, TINY))
-    return Gain(
-        method="rows",
-        before=float(before.mean()),
-        after=float(after.mean()),
-        gain_db=float(gains.mean()),
-        gain_error_db=(
-            float(gains.std(ddof=1)) / math.sqrt(gains.size) if gains.size > 1 else math.inf
-        ),
-    )
+    return Gain(method="rows", **gain_numbers(before, after))
 
 
 def _error(pair: tuple[Array, Array], rounded: Array) -> float:
