@@ -166,7 +166,7 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--tune",
     type=int,
-    help="Steps that learn gains and offsets by gradients of the outputs (default 0).",
+    help="Steps that learn gains and offsets by gradients (default: 300 with adaround, else 0).",
 )
 @click.option(
     "--unified-norm",

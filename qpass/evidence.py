@@ -91,7 +91,7 @@ def aim_notes(run: Run, held: Sequence[Mapping[str, Any]]) -> list[str]:
     quantizers = sum(node.op == "QuantizeLinear" for node in run.aim.nodes)
     close = closeness_db(run.aim, run.quantized, held, threads=run.options.jobs)
     options = run.options
-    fitted = options.round in ROUND_WITH_DATA or options.compensate != "none" or options.tune
+    fitted = options.round in ROUND_WITH_DATA or options.compensate != "none" or options.tune_steps
     aims = "weights were fitted to" if fitted and run.batches else "compared with"
     return [
         f"{aims} the network with float weights and the {quantizers} activation quantizers of "
@@ -180,10 +180,10 @@ def take_batches(run: Run, samples: Samples) -> None:
     """Keep a few batches of calibration samples for rounding and compensation."""
     assert run.graph is not None
     needed = run.options.compensate != "none" or run.options.round in ROUND_WITH_DATA
-    if needed or run.options.tune:
+    if needed or run.options.tune_steps:
         inputs = input_specs(run.graph.to_model(stub_above=1024))
         # Many unknowns: the more samples the better, where time is not what counts.
-        learns = run.options.round in THOROUGH or run.options.tune > 0
+        learns = run.options.round in THOROUGH or run.options.tune_steps > 0
         limit = run.options.samples if learns else COMPENSATION_SAMPLES
         some = islice(iter(samples), limit)
         run.batches = [feeds for _, feeds in batches(some, run.options.batch_size, inputs)]

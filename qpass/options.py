@@ -21,6 +21,7 @@ WeightRange = Literal["auto", "minmax", "mse", "percentile"]
 # These look at calibration samples.
 ROUND_WITH_DATA: Final = ("auto", "gptq", "erq", "unit", "adaround")
 THOROUGH: Final = ("unit", "adaround")  # these look at all of them
+TUNE_STEPS: Final = 300  # with adaround
 
 BYTES: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 UNITS: Final = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -70,7 +71,8 @@ class Options:
     weight_range: WeightRange = "auto"  # auto: by the rounding, see `qpass.choose`
     row_weights: RowWeights = "auto"  # of the rounding; auto: gradient with adaround, else norm
     iterations: int = 300  # of adaround, for each unit
-    tune: int = 0  # steps that learn gains and offsets by gradients of the outputs; 0: none
+    # Steps that learn gains and offsets by gradients of the outputs; None: some with adaround.
+    tune: int | None = None
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
     rotate: RotateMode = "none"
     rms_norm: bool = False
@@ -181,8 +183,15 @@ class Options:
             )
         if self.iterations < 1:
             raise RecipeError(f"--iterations {self.iterations} is not positive")
-        if self.tune < 0:
+        if self.tune is not None and self.tune < 0:
             raise RecipeError(f"--tune {self.tune} is negative", fix="300 is a good value")
+
+    @property
+    def tune_steps(self) -> int:
+        """How many steps learn gains and offsets end to end; 0: none."""
+        if self.tune is None:
+            return TUNE_STEPS if self.round == "adaround" else 0
+        return self.tune
 
     @property
     def guides(self) -> bool:

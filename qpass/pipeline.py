@@ -62,7 +62,7 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         check_torch("--round adaround")
     if run.options.guides:
         check_torch("--row-weights gradient")
-    if run.options.tune:
+    if run.options.tune_steps:
         check_torch("--tune")
     if run.options.mixed_cost == "latency":
         engine_of(run.target)  # an error now, not after the calibration
@@ -246,7 +246,7 @@ def _build(
     data = run.options.round in ROUND_WITH_DATA and run.batches
     # The graph without compensation, which `verify` compares with, is not tuned either.
     compensated = compensation is not None or run.options.compensate == "none"
-    tuned = run.options.tune and run.batches and compensated
+    tuned = run.options.tune_steps and run.batches and compensated
     fits_offsets = compensation is not None and _leaves_offsets(run)
     graph, reports = build_quantized(
         run.graph,
@@ -272,7 +272,7 @@ def _tune(run: Run, graph: Graph) -> PassReport:
         run.graph,
         graph,
         run.batches,
-        steps=run.options.tune,
+        steps=run.options.tune_steps,
         aim=run.aim,
         seed=run.options.seed,
         threads=run.options.jobs,

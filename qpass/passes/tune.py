@@ -1,8 +1,9 @@
 """Tune gains and offsets of all linear ops by gradients of the model's output error (torch).
 
 What it does
-    Learns them in `qpass.torch.tune`, from the quantized graph as it is after every closed form,
-    and folds them, or a part of them, into scales and biases. Nothing is added at run time.
+    Learns them in `qpass.torch.tune`, from the quantized graph as it is after every closed form and
+    on views of the samples where the inputs have any (`qpass.torch.views`), and folds them, or a
+    part of them, into scales and biases. Nothing is added at run time.
 Why it never makes a model worse
     A quarter of the batches is held out. The model has to be better there beyond doubt
     (`model_gate`), as onnxruntime runs it; otherwise nothing changes.
@@ -113,6 +114,7 @@ def tune(
             batches[:first_held],
             wanted[:first_held],
             steps=steps,
+            teacher=list((aim or reference).nodes),
             seed=seed,
             threads=threads,
         )

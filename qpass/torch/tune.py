@@ -3,13 +3,14 @@
 What it does
     The whole quantized graph runs in torch. Each linear op that can take them gets a gain and an
     offset for each output channel; Adam lowers the squared error of the model's outputs against the
-    float model's on the calibration batches. Integers stay, and so do the ranges of activations.
+    float model's. Integers stay, and so do the ranges of activations.
 Why it helps where a closed form has been
     Corrections of single ops minimize errors where they stand; what an error does to the output
     depends on everything behind it, and with few bits that is no longer small.
-Why two numbers a channel
+Why two numbers a channel, and views
     They are few against what a hundred samples say. Weights, or roundings, learn a hundred samples
-    by heart.
+    by heart; so do gains in the end. Where the inputs allow it, each step sees other views of the
+    samples, and the float model says what they should give (`views`).
 
 Close to the second phase of EfficientQAT (Chen et al., 2024), which trains scales end to end.
 """
@@ -28,12 +29,14 @@ from numpy.typing import NDArray
 from qpass.graph import Node
 from qpass.torch.executor import Executor, UnsupportedOpError
 from qpass.torch.threads import limited_threads
+from qpass.torch.views import Views, has_views
 
 __all__ = ["TunedLayer", "UnsupportedOpError", "tune_channels"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
-RATE: Final = 2e-3  # of log gains, and of offsets in units of the channel's root mean square
+RATE: Final = 1e-3  # of log gains, and of offsets in units of the channel's root mean square
+TINY: Final = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,7 @@ def tune_channels(
     wanted: Sequence[Feeds],
     *,
     steps: int,
+    teacher: Sequence[Node] = (),
     seed: int = 0,
     device: str | None = None,
     threads: int | None = None,
@@ -123,7 +127,9 @@ def tune_channels(
         batches: inputs of the graph by name.
         wanted: the float model's outputs for each batch; only float tensors count.
         steps: of Adam, one batch each.
-        seed: of the order of the batches.
+        teacher: all nodes of the float graph, in order, which says what views of the batches
+            should give; without it, and where inputs have no views, the batches stay as they are.
+        seed: of the order of the batches, and of the views.
         device: None: CUDA where there is one.
         threads: of torch, None for its choice.
 
@@ -132,44 +138,75 @@ def tune_channels(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with limited_threads(threads), torch.backends.cudnn.flags(deterministic=True):
-        return _tune(Executor(nodes, device=device), layers, batches, wanted, steps, seed)
+        lessons = _Lessons(batches, wanted, teacher, device, seed)
+        return _tune(Executor(nodes, device=device), layers, lessons, steps)
+
+
+class _Lessons:
+    """What the steps learn from: inputs, and what the float model gives for them."""
+
+    def __init__(
+        self,
+        batches: Sequence[Feeds],
+        wanted: Sequence[Feeds],
+        teacher: Sequence[Node],
+        device: str,
+        seed: int,
+    ) -> None:
+        self.batches, self._wanted = batches, wanted
+        self._random = torch.Generator().manual_seed(seed)
+        self._order: list[int] = []
+        self._teacher = self._views = None
+        if teacher and has_views(batches):
+            self._teacher = Executor(teacher, device=device)
+            self._views = Views(batches, self._random)
+        floats = [name for name, array in wanted[0].items() if array.dtype.kind == "f"]
+        # Mean square of each output over the batches: the unit of its error.
+        self.sizes = {
+            name: max(float(np.mean([np.square(w[name]).mean() for w in wanted])), TINY)
+            for name in floats
+        }
+
+    def draw(self) -> tuple[Feeds, Mapping[str, Array | torch.Tensor]]:
+        """Return the next batch, and the outputs that are wanted for it."""
+        if self._views is None or self._teacher is None:
+            self._order = (
+                self._order or torch.randperm(len(self.batches), generator=self._random).tolist()
+            )
+            number = self._order.pop()
+            return self.batches[number], self._wanted[number]
+        batch, executor = self._views.draw(), self._teacher
+        with torch.no_grad():
+            feeds = {name: executor.tensor(array) for name, array in batch.items()}
+            return batch, dict(zip(self.sizes, executor.run(feeds, list(self.sizes)), strict=True))
 
 
 def _tune(
-    executor: Executor,
-    layers: Sequence[TunedLayer],
-    batches: Sequence[Feeds],
-    wanted: Sequence[Feeds],
-    steps: int,
-    seed: int,
+    executor: Executor, layers: Sequence[TunedLayer], lessons: _Lessons, steps: int
 ) -> dict[str, tuple[Array, Array]]:
-    random = torch.Generator().manual_seed(seed)
-    names = [name for name, array in wanted[0].items() if array.dtype.kind == "f"]
-    sizes = [
-        max(float(np.mean([np.square(one[name]).mean() for one in wanted])), np.finfo("f4").tiny)
-        for name in names
-    ]
     taps = [name for layer in layers for name in (layer.weight, layer.output)]
     with torch.no_grad():
-        first = {name: executor.tensor(array) for name, array in batches[0].items()}
+        first = {name: executor.tensor(array) for name, array in lessons.batches[0].items()}
         found = iter(executor.run(first, taps))
     channels = [_Channels(layer, next(found), next(found)) for layer in layers]
     optimizer = torch.optim.Adam([p for one in channels for p in one.parameters], lr=RATE)
-    order: list[int] = []
     for step in range(steps):
-        order = order or torch.randperm(len(batches), generator=random).tolist()
-        number = order.pop()
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        given = {name: executor.tensor(array) for name, array in batches[number].items()}
+        batch, wanted = lessons.draw()
+        given = {name: executor.tensor(array) for name, array in batch.items()}
         added: dict[str, torch.Tensor] = {}
         for one in channels:
             one.edit(executor, given, added)
-        outputs = executor.run(given, names, added=added)
+        outputs = executor.run(given, list(lessons.sizes), added=added)
         errors = [
-            (got - executor.tensor(wanted[number][name])).square().mean() / size
-            for name, got, size in zip(names, outputs, sizes, strict=True)
+            (got - _tensor(executor, wanted[name])).square().mean() / size
+            for (name, size), got in zip(lessons.sizes.items(), outputs, strict=True)
         ]
         torch.stack(errors).mean().backward()
         optimizer.step()
     return {one.layer.name: one.result() for one in channels}
+
+
+def _tensor(executor: Executor, value: Array | torch.Tensor) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else executor.tensor(value)
