@@ -44,7 +44,7 @@ def test_closer_to_float_with_the_same_integers(model: Callable[[], Graph]) -> N
         name: array_of(t) for name, t in graph.tensors().items() if name.endswith("_quantized")
         and t.inputs == []
     }  # fmt: skip
-    tuning = tune(reference, graph, feeds_of(reference, 24), steps=60, threads=1)
+    tuning = tune(reference, graph, feeds_of(reference, 24), steps=120, threads=1)
     assert tuning.report.changed > 0
     assert tuning.verdict is not None
     assert tuning.verdict.helps
