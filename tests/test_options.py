@@ -10,7 +10,7 @@ import pytest
 
 from qpass.api import make_options
 from qpass.errors import RecipeError
-from qpass.options import Options, parse_bytes
+from qpass.options import TUNE_STEPS, Options, parse_bytes
 from qpass.program import Policy, Precision
 from qpass.recipe import read_recipe
 
@@ -125,6 +125,7 @@ def test_every_option_can_stand_in_a_recipe(tmp_path: Path) -> None:
                 "max_drop": 1.0,
                 "min_speedup": 1.0,
                 "block_size": 32,
+                "tune": 300,
                 "static_norm": 0.98,
                 "activation_scales": "",
             }.get(field.name, "a:b")
@@ -147,3 +148,18 @@ def test_policy_names_the_reason_to_keep() -> None:
     assert policy.reason_to_keep("/head/c") == "user: --keep /head/*"
     assert policy.reason_to_keep("a[0]") == "user: --keep a[0]"  # a name is no pattern first
     assert policy.reason_to_keep("/Head/c") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 0),
+        ({"round": "unit"}, 0),
+        ({"round": "adaround"}, TUNE_STEPS),
+        ({"round": "adaround", "tune": 0}, 0),
+        ({"round": "adaround", "tune": 7}, 7),
+        ({"tune": 7}, 7),
+    ],
+)
+def test_tuning_comes_with_what_learns(options: dict[str, Any], steps: int) -> None:
+    assert Options(**options).tune_steps == steps
