@@ -65,33 +65,48 @@ def test_the_same_seed_gives_the_same_graph() -> None:
     assert found[0] != found[2]
 
 
-def test_gain_and_offset_that_are_known_come_back() -> None:
-    """A linear model whose outputs are wanted with other gains and offsets."""
-    weight, bias = normal((6, 4), seed=1), normal((4,), seed=2)
-    graph = graph_of(
-        "float[N, 6] x", "float[N, 4] y", "[fc] m = MatMul (x, w)\ny = Add (m, b)", w=weight, b=bias
-    )
-    gain, offset = np.array([0.95, 1.0, 1.02, 1.05]), np.array([0.1, 0.0, -0.1, 0.05])
+TEXT = ("float[N, 6] x", "float[N, 4] y", "[fc] m = MatMul (x, w)\ny = Add (m, b)")
+WEIGHT, BIAS = normal((6, 4), seed=1), normal((4,), seed=2)
+GAIN = np.array([0.95, 1.0, 1.02, 1.05], np.float32)
+LAYER = TunedLayer(
+    name="fc",
+    weight="w",
+    weight_axis=1,
+    output="m",
+    output_axis=-1,
+    channels=4,
+    gain=True,
+    offset=True,
+    bias="b",
+    bias_inside=False,
+    rank=2,
+)
+
+
+def tuned_line(wanted: Callable[[Array], Array], **options: Any) -> tuple[Array, Array]:
+    """Return gain and offset of a linear model after tuning to other outputs."""
+    graph = graph_of(*TEXT, w=WEIGHT, b=BIAS)
     batches = [{"x": normal((16, 6), seed=i)} for i in range(20, 28)]
-    wanted = [
-        {"y": ((one["x"] @ weight) * gain + bias + offset).astype(np.float32)} for one in batches
-    ]
-    layer = TunedLayer(
-        name="fc",
-        weight="w",
-        weight_axis=1,
-        output="m",
-        output_axis=-1,
-        channels=4,
-        gain=True,
-        offset=True,
-        bias="b",
-        bias_inside=False,
-        rank=2,
+    outputs = [{"y": wanted(one["x"]).astype(np.float32)} for one in batches]
+    found = tune_channels(
+        list(graph.nodes), [LAYER], batches, outputs, steps=400, threads=1, **options
     )
-    found = tune_channels(list(graph.nodes), [layer], batches, wanted, steps=400, threads=1)
-    np.testing.assert_allclose(found["fc"][0], gain, rtol=0, atol=2e-3)
-    np.testing.assert_allclose(found["fc"][1], offset, rtol=0, atol=5e-3)
+    return found["fc"]
+
+
+def test_gain_and_offset_that_are_known_come_back() -> None:
+    offset = np.array([0.1, 0.0, -0.1, 0.05])
+    gain, shift = tuned_line(lambda x: (x @ WEIGHT) * GAIN + BIAS + offset)
+    np.testing.assert_allclose(gain, GAIN, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(shift, offset, rtol=0, atol=5e-3)
+
+
+def test_it_asks_the_teacher() -> None:
+    """The batches say that all is well; what the teacher gives for their views says otherwise."""
+    teacher = graph_of(*TEXT, w=WEIGHT * GAIN, b=BIAS)
+    gain, shift = tuned_line(lambda x: x @ WEIGHT + BIAS, teacher=list(teacher.nodes))
+    np.testing.assert_allclose(gain, GAIN, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(shift, 0.0, rtol=0, atol=5e-3)
 
 
 def test_a_model_that_is_right_stays() -> None:
