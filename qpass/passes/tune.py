@@ -5,8 +5,9 @@ What it does
     on views of the samples where the inputs have any (`qpass.torch.views`), and folds them, or a
     part of them, into scales and biases. Nothing is added at run time.
 Why it never makes a model worse
-    A quarter of the batches is held out. The model has to be better there beyond doubt
-    (`model_gate`), as onnxruntime runs it; otherwise nothing changes.
+    A quarter of the batches is held out. The model has to be better there, as onnxruntime runs it,
+    by one standard error (`model_gate`): two numbers a channel, learned from views, do not fit
+    noise the way that weights do. Otherwise nothing changes.
 Preconditions
     `insert_qdq` has run and biases are still float; the names of the two graphs agree.
 """
@@ -24,7 +25,7 @@ from qpass.graph import Graph
 from qpass.matching import weight_axis
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, find_site, fold
-from qpass.passes.model_gate import Verdict, judge
+from qpass.passes.model_gate import GATED_CONFIDENCE, Verdict, judge
 from qpass.passes.rounding.gradient import check_torch
 from qpass.report.model import PassReport, Refusal
 from qpass.submodel import Feeds, Submodel
@@ -115,6 +116,7 @@ def tune(
             wanted[:first_held],
             steps=steps,
             teacher=list((aim or reference).nodes),
+            divisible=not any(t.shape and isinstance(t.shape[0], int) for t in reference.inputs),
             seed=seed,
             threads=threads,
         )
@@ -130,7 +132,7 @@ def tune(
         if verdict is None or found_here.gain_db > verdict.gain_db:
             verdict, best = found_here, affines
     assert verdict is not None
-    if not verdict.helps:
+    if not verdict.helps_by(GATED_CONFIDENCE):
         return refuse(f"no sure improvement: {verdict.sentence}", verdict)
     _fold(reference, quantized, best)
     return result(len(best), refusals, verdict)

@@ -18,7 +18,7 @@ Close to the second phase of EfficientQAT (Chen et al., 2024), which trains scal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 RATE: Final = 1e-3  # of log gains, and of offsets in units of the channel's root mean square
 TINY: Final = float(np.finfo(np.float32).tiny)
+PART: Final = 2  # samples of a view that run at once: what a gradient needs is kept of so many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,7 @@ def tune_channels(
     *,
     steps: int,
     teacher: Sequence[Node] = (),
+    divisible: bool = False,
     seed: int = 0,
     device: str | None = None,
     threads: int | None = None,
@@ -129,6 +131,7 @@ def tune_channels(
         steps: of Adam, one batch each.
         teacher: all nodes of the float graph, in order, which says what views of the batches
             should give; without it, and where inputs have no views, the batches stay as they are.
+        divisible: the nodes take any number of samples, so that views can be run in parts.
         seed: of the order of the batches, and of the views.
         device: None: CUDA where there is one.
         threads: of torch, None for its choice.
@@ -138,7 +141,7 @@ def tune_channels(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with limited_threads(threads), torch.backends.cudnn.flags(deterministic=True):
-        lessons = _Lessons(batches, wanted, teacher, device, seed)
+        lessons = _Lessons(batches, wanted, teacher, device, seed, PART if divisible else None)
         return _tune(Executor(nodes, device=device), layers, lessons, steps)
 
 
@@ -152,8 +155,9 @@ class _Lessons:
         teacher: Sequence[Node],
         device: str,
         seed: int,
+        part: int | None,
     ) -> None:
-        self.batches, self._wanted = batches, wanted
+        self.batches, self._wanted, self._part = batches, wanted, part
         self._random = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
         self._teacher = self._views = None
@@ -167,18 +171,24 @@ class _Lessons:
             for name in floats
         }
 
-    def draw(self) -> tuple[Feeds, Mapping[str, Array | torch.Tensor]]:
-        """Return the next batch, and the outputs that are wanted for it."""
+    def draw(self) -> Iterator[tuple[float, Feeds, Mapping[str, Array | torch.Tensor]]]:
+        """Yield the next batch in parts: its share of the batch, inputs, and wanted outputs."""
         if self._views is None or self._teacher is None:
-            self._order = (
-                self._order or torch.randperm(len(self.batches), generator=self._random).tolist()
-            )
+            if not self._order:
+                self._order = torch.randperm(len(self.batches), generator=self._random).tolist()
             number = self._order.pop()
-            return self.batches[number], self._wanted[number]
+            yield 1.0, self.batches[number], self._wanted[number]
+            return
         batch, executor = self._views.draw(), self._teacher
-        with torch.no_grad():
-            feeds = {name: executor.tensor(array) for name, array in batch.items()}
-            return batch, dict(zip(self.sizes, executor.run(feeds, list(self.sizes)), strict=True))
+        samples = len(next(iter(batch.values())))
+        size = self._part or samples
+        for begin in range(0, samples, size):
+            part = {name: array[begin : begin + size] for name, array in batch.items()}
+            with torch.no_grad():
+                feeds = {name: executor.tensor(array) for name, array in part.items()}
+                outputs = executor.run(feeds, list(self.sizes))
+            share = min(size, samples - begin) / samples
+            yield share, part, dict(zip(self.sizes, outputs, strict=True))
 
 
 def _tune(
@@ -193,17 +203,17 @@ def _tune(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        batch, wanted = lessons.draw()
-        given = {name: executor.tensor(array) for name, array in batch.items()}
-        added: dict[str, torch.Tensor] = {}
-        for one in channels:
-            one.edit(executor, given, added)
-        outputs = executor.run(given, list(lessons.sizes), added=added)
-        errors = [
-            (got - _tensor(executor, wanted[name])).square().mean() / size
-            for (name, size), got in zip(lessons.sizes.items(), outputs, strict=True)
-        ]
-        torch.stack(errors).mean().backward()
+        for share, batch, wanted in lessons.draw():
+            given = {name: executor.tensor(array) for name, array in batch.items()}
+            added: dict[str, torch.Tensor] = {}
+            for one in channels:
+                one.edit(executor, given, added)
+            outputs = executor.run(given, list(lessons.sizes), added=added)
+            errors = [
+                (got - _tensor(executor, wanted[name])).square().mean() / size
+                for (name, size), got in zip(lessons.sizes.items(), outputs, strict=True)
+            ]
+            (share * torch.stack(errors).mean()).backward()
         optimizer.step()
     return {one.layer.name: one.result() for one in channels}
 

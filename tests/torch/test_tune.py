@@ -83,13 +83,15 @@ LAYER = TunedLayer(
 )
 
 
-def tuned_line(wanted: Callable[[Array], Array], **options: Any) -> tuple[Array, Array]:
+def tuned_line(
+    wanted: Callable[[Array], Array], *, steps: int = 400, **options: Any
+) -> tuple[Array, Array]:
     """Return gain and offset of a linear model after tuning to other outputs."""
     graph = graph_of(*TEXT, w=WEIGHT, b=BIAS)
     batches = [{"x": normal((16, 6), seed=i)} for i in range(20, 28)]
     outputs = [{"y": wanted(one["x"]).astype(np.float32)} for one in batches]
     found = tune_channels(
-        list(graph.nodes), [LAYER], batches, outputs, steps=400, threads=1, **options
+        list(graph.nodes), [LAYER], batches, outputs, steps=steps, threads=1, **options
     )
     return found["fc"]
 
@@ -101,10 +103,11 @@ def test_gain_and_offset_that_are_known_come_back() -> None:
     np.testing.assert_allclose(shift, offset, rtol=0, atol=5e-3)
 
 
-def test_it_asks_the_teacher() -> None:
+@pytest.mark.parametrize("divisible", [False, True])
+def test_it_asks_the_teacher(divisible: bool) -> None:
     """The batches say that all is well; what the teacher gives for their views says otherwise."""
-    teacher = graph_of(*TEXT, w=WEIGHT * GAIN, b=BIAS)
-    gain, shift = tuned_line(lambda x: x @ WEIGHT + BIAS, teacher=list(teacher.nodes))
+    teacher = list(graph_of(*TEXT, w=WEIGHT * GAIN, b=BIAS).nodes)
+    gain, shift = tuned_line(lambda x: x @ WEIGHT + BIAS, teacher=teacher, divisible=divisible)
     np.testing.assert_allclose(gain, GAIN, rtol=0, atol=2e-3)
     np.testing.assert_allclose(shift, 0.0, rtol=0, atol=5e-3)
 
@@ -133,3 +136,14 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="--tune needs torch"):
         tune(reference, graph, feeds_of(reference, 4), steps=5)
     assert graph.fingerprint() == before
+
+
+def test_parts_of_a_view_add_up_to_the_view() -> None:
+    """The gradient is the same; sums of float32 are taken in another order."""
+    teacher = list(graph_of(*TEXT, w=WEIGHT * GAIN, b=BIAS).nodes)
+    (gain, shift), (gain_in_parts, shift_in_parts) = (
+        tuned_line(lambda x: x @ WEIGHT, teacher=teacher, divisible=divisible, steps=5)
+        for divisible in (False, True)
+    )
+    np.testing.assert_allclose(gain_in_parts, gain, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(shift_in_parts, shift, rtol=0, atol=1e-6)
