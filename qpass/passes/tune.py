@@ -6,8 +6,8 @@ What it does
     part of them, into scales and biases. Nothing is added at run time.
 Why it never makes a model worse
     A quarter of the batches is held out. The model has to be better there, as onnxruntime runs it,
-    by one standard error (`model_gate`): two numbers a channel, learned from views, do not fit
-    noise the way that weights do. Otherwise nothing changes.
+    by one standard error (`model_gate`) after views, which are hard to learn by heart, and by two
+    after the samples themselves. Otherwise nothing changes.
 Preconditions
     `insert_qdq` has run and biases are still float; the names of the two graphs agree.
 """
@@ -25,7 +25,7 @@ from qpass.graph import Graph
 from qpass.matching import weight_axis
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, find_site, fold
-from qpass.passes.model_gate import GATED_CONFIDENCE, Verdict, judge
+from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, Verdict, judge
 from qpass.passes.rounding.gradient import check_torch
 from qpass.report.model import PassReport, Refusal
 from qpass.submodel import Feeds, Submodel
@@ -73,6 +73,7 @@ def tune(
     """
     check_torch("--tune")
     from qpass.torch.tune import TunedLayer, UnsupportedOpError, tune_channels
+    from qpass.torch.views import has_views
 
     begin = time.perf_counter()
 
@@ -108,6 +109,7 @@ def tune(
     names = [tensor.name for tensor in quantized.outputs]
     wanted = _run(aim or reference, batches, names, threads, qdq_in_float=aim is not None)
     before = _run(quantized, batches[first_held:], names, threads)
+    views = has_views(batches)
     try:
         found = tune_channels(
             list(quantized.nodes),
@@ -115,7 +117,7 @@ def tune(
             batches[:first_held],
             wanted[:first_held],
             steps=steps,
-            teacher=list((aim or reference).nodes),
+            teacher=list((aim or reference).nodes) if views else (),
             divisible=not any(t.shape and isinstance(t.shape[0], int) for t in reference.inputs),
             seed=seed,
             threads=threads,
@@ -132,7 +134,7 @@ def tune(
         if verdict is None or found_here.gain_db > verdict.gain_db:
             verdict, best = found_here, affines
     assert verdict is not None
-    if not verdict.helps_by(GATED_CONFIDENCE):
+    if not verdict.helps_by(GATED_CONFIDENCE if views else CONFIDENCE):
         return refuse(f"no sure improvement: {verdict.sentence}", verdict)
     _fold(reference, quantized, best)
     return result(len(best), refusals, verdict)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from qpass.graph import Node
 from qpass.torch.executor import Executor, UnsupportedOpError
 from qpass.torch.threads import limited_threads
-from qpass.torch.views import Views, has_views
+from qpass.torch.views import Views, shuffled
 
 __all__ = ["TunedLayer", "UnsupportedOpError", "tune_channels"]
 
@@ -130,7 +130,7 @@ def tune_channels(
         wanted: the float model's outputs for each batch; only float tensors count.
         steps: of Adam, one batch each.
         teacher: all nodes of the float graph, in order, which says what views of the batches
-            should give; without it, and where inputs have no views, the batches stay as they are.
+            should give, for batches that have any (`has_views`); without it they stay as they are.
         divisible: the nodes take any number of samples, so that views can be run in parts.
         seed: of the order of the batches, and of the views.
         device: None: CUDA where there is one.
@@ -158,12 +158,9 @@ class _Lessons:
         part: int | None,
     ) -> None:
         self.batches, self._wanted, self._part = batches, wanted, part
-        self._random = torch.Generator().manual_seed(seed)
-        self._order: list[int] = []
-        self._teacher = self._views = None
-        if teacher and has_views(batches):
-            self._teacher = Executor(teacher, device=device)
-            self._views = Views(batches, self._random)
+        random = torch.Generator().manual_seed(seed)
+        self._order, self._views = shuffled(len(batches), random), Views(batches, random)
+        self._teacher = Executor(teacher, device=device) if teacher else None
         floats = [name for name, array in wanted[0].items() if array.dtype.kind == "f"]
         # Mean square of each output over the batches: the unit of its error.
         self.sizes = {
@@ -173,10 +170,8 @@ class _Lessons:
 
     def draw(self) -> Iterator[tuple[float, Feeds, Mapping[str, Array | torch.Tensor]]]:
         """Yield the next batch in parts: its share of the batch, inputs, and wanted outputs."""
-        if self._views is None or self._teacher is None:
-            if not self._order:
-                self._order = torch.randperm(len(self.batches), generator=self._random).tolist()
-            number = self._order.pop()
+        if self._teacher is None:
+            number = next(self._order)
             yield 1.0, self.batches[number], self._wanted[number]
             return
         batch, executor = self._views.draw(), self._teacher

@@ -14,7 +14,7 @@ What has none
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-__all__ = ["Views", "has_views"]
+__all__ = ["Views", "has_views", "shuffled"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -43,6 +43,12 @@ def has_views(batches: Sequence[Feeds]) -> bool:
     )
 
 
+def shuffled(count: int, random: torch.Generator) -> Iterator[int]:
+    """Yield numbers below `count` without end; each once before any comes again."""
+    while True:
+        yield from torch.randperm(count, generator=random).tolist()
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A part of a picture: top, left, height and width as shares of it."""
@@ -60,18 +66,18 @@ class Views:
     def __init__(self, batches: Sequence[Feeds], random: torch.Generator) -> None:
         """Make views of `batches`, for which `has_views` holds."""
         self._batches, self._random = batches, random
-        self._order: list[int] = []
+        self._order = shuffled(len(batches), random)
 
     def draw(self) -> dict[str, Array]:
         """Return the next batch, float32 by name; each is used once before any is used again."""
-        self._order = self._order or self._permutation(len(self._batches))
-        batch = self._seen(self._batches[self._order.pop()])
+        batch = self._seen(self._batches[next(self._order)])
         if self._uniform() < MIXED:
             batch = self._mixed(batch)
         return {name: tensor.numpy() for name, tensor in batch.items()}
 
     def _mixed(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        other = self._batches[self._permutation(len(self._batches))[0]]
+        number = int(torch.randint(len(self._batches), (), generator=self._random))
+        other = self._batches[number]
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
         if {name: array.shape for name, array in other.items()} != shapes:
             return batch
@@ -109,10 +115,6 @@ class Views:
 
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self._random))
-
-    def _permutation(self, count: int) -> list[int]:
-        order: list[int] = torch.randperm(count, generator=self._random).tolist()
-        return order
 
 
 def _is_picture(array: Array) -> bool:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from qpass.errors import RecipeError  # noqa: E402
 from qpass.graph import Graph, array_of  # noqa: E402
+from qpass.passes.model_gate import Verdict  # noqa: E402
 from qpass.passes.tune import tune  # noqa: E402
 from qpass.torch.executor_ops import OPS  # noqa: E402
 from qpass.torch.tune import TunedLayer, tune_channels  # noqa: E402
@@ -120,6 +121,17 @@ def test_a_model_that_is_right_stays() -> None:
     assert report.changed == 0
     assert "no sure improvement" in report.refusals[0].reason
     assert graph.fingerprint() == before
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_without_views_it_has_to_be_surer(views: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    better = Verdict(before_db=20.0, after_db=21.0, gain_db=1.5, gain_error_db=1.0)
+    monkeypatch.setattr("qpass.passes.tune.judge", lambda *_: better)
+    monkeypatch.setattr("qpass.torch.views.has_views", lambda _: views)
+    reference = residual_cnn()
+    graph, _, _ = quantized_at(reference, "w4a8")
+    report = tune(reference, graph, feeds_of(reference, 8), steps=2, threads=1).report
+    assert (report.changed > 0) == views
 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
