@@ -16,6 +16,7 @@ from qpass.graph import Graph, array_of
 from qpass.options import WeightRange
 from qpass.plan import Decision, Plan
 from qpass.qparams import QParams, TensorSpec, channel_range, choose_qparams
+from qpass.weight_windows import has_windows, solve_windows
 
 Array = NDArray[Any]
 
@@ -240,10 +241,14 @@ def weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
 def solve_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
     """Return the per-scale range with the smallest squared rounding and clipping error, float64.
 
-    Tries `WEIGHT_SHARES` of the min/max range (the search that QDrop and BRECQ begin with).
+    Tries `WEIGHT_SHARES` of the min/max range (the search that QDrop and BRECQ begin with), and
+    every zero point where there are few (`weight_windows`).
     """
     low, high = weight_range(values, spec)
     rows = _rows_of_scales(values, spec)
+    if has_windows(spec):
+        first, last = solve_windows(rows, spec)
+        return first.reshape(low.shape), last.reshape(high.shape)
     # One row for each scale, whatever the scales lie along.
     row_spec = replace(spec, granularity="per_channel", axis=0, block_size=None)
     best, share = np.full(len(rows), np.inf), np.ones(len(rows))

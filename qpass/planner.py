@@ -140,7 +140,8 @@ class _Planner:
             self.reasons[id(node)] = f"{because}: {own.because}"
             return
         if isinstance(weight, Constant):
-            spec = weight_spec(node, weight, rule, self.target, bits.precision.weight)
+            static, wanted = not is_dynamic(node, self.policy), bits.precision.weight
+            spec = weight_spec(node, weight, rule, self.target, wanted, static=static)
             self.constants.add(node, 1, weight, spec, "weight", f"weight of {node.name}")
         if is_dynamic(node, self.policy):
             self.reasons[id(node)] = f"{because}: range of the input at run time"

@@ -40,12 +40,13 @@ class Keys:
 
 
 def weight_spec(
-    node: Node, weight: Constant, rule: OpRule, target: Target, bits: int
+    node: Node, weight: Constant, rule: OpRule, target: Target, bits: int, *, static: bool
 ) -> TensorSpec:
     """Return what the weight of a linear op becomes with at most `bits` bits.
 
     A target may hold fewer (7 bits without VNNI). The axis is that of the output channels. The most
-    negative integer is left out from 7 bits on.
+    negative integer is left out from 7 bits on. Behind activations with `static` ranges, channels
+    of very few bits get zero points where the target lets them (`Target.zero_points_below`).
     """
     assert rule.weight is not None
     spec, rank = with_bits(rule.weight, min(bits, rule.weight.bits)), len(weight.shape)
@@ -55,9 +56,10 @@ def weight_spec(
     per_channel = spec.granularity == "per_channel" and (rank == 2 or node.op != "MatMul")
     if node.op == "MatMul" and not target.per_channel_matmul:
         per_channel = False
-    if per_channel:
-        return replace(spec, axis=weight_axis(node, rank))
-    return replace(spec, granularity="per_tensor", axis=None)
+    if not per_channel:
+        return replace(spec, granularity="per_tensor", axis=None)
+    symmetric = spec.symmetric and not (static and spec.bits < target.zero_points_below)
+    return replace(spec, symmetric=symmetric, axis=weight_axis(node, rank))
 
 
 def contraction_axis(node: Node, rank: int) -> int:
@@ -106,7 +108,7 @@ def weight_only(
             storage=storage_for(bits, signed=symmetric), symmetric=symmetric, bits=bits
         )
     else:
-        spec = weight_spec(node, weight, rule, target, bits)
+        spec = weight_spec(node, weight, rule, target, bits, static=False)
     if block is not None:
         spec = replace(spec, granularity="per_block", axis=axis, block_size=block, half_scale=True)
     elif not symmetric and (rank == 2 or node.op != "MatMul"):

@@ -101,7 +101,7 @@ class InputSite:
             values = layout.restore(wanted).astype(given.dtype)
             return NewWeight(stands_for=layout.matrix(values.astype(np.float64)), values=values)
         integers, scale = solve_rounding(rounding, layout.restore(wanted))
-        values = rounding.values(integers - int(rounding.zero.flat[0]), scale)
+        values = rounding.values(integers - rounding.along(rounding.zero), scale)
         return NewWeight(stands_for=layout.matrix(values), values=integers, scale=scale)
 
 

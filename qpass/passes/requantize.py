@@ -31,16 +31,17 @@ from qpass.passes.channel_affine import Array
 class Rounding:
     """How integers came from a float weight.
 
-    `low` and `high` are the integers in use, relative to the zero point `zero`: a storage type may
-    hold fewer bits than it could. `axis` is that of the scales, None for one scale.
+    `low` and `high` are the integers in use, relative to the zero points `zero`: a storage type may
+    hold fewer bits than it could. All three are int64 and have the shape of `scale`. `axis` is that
+    of the scales, None for one scale.
     """
 
     weight: Array  # float
     scale: Array
     zero: Array
     axis: int | None
-    low: int
-    high: int
+    low: Array
+    high: Array
     powers_of_two: bool
 
     def along(self, values: Array) -> Array:
@@ -51,16 +52,16 @@ class Rounding:
         return values.reshape(shape)
 
     def round(self, weight: Array, scale: Array) -> Array:
-        """Return the nearest integers, relative to the zero point, float64."""
+        """Return the nearest integers, relative to the zero points, float64."""
         ratio = weight.astype(np.float32) / self.along(scale).astype(np.float32)
-        return np.clip(np.rint(ratio), self.low, self.high)
+        return np.clip(np.rint(ratio), self.along(self.low), self.along(self.high))
 
     def nearest(self) -> Array:
-        """Return the nearest integers to the weight, relative to the zero point."""
+        """Return the nearest integers to the weight, relative to the zero points."""
         return self.round(self.weight, self.scale)
 
     def values(self, centred: Array, scale: Array | None = None) -> Array:
-        """Return what integers relative to the zero point stand for, float64."""
+        """Return what integers relative to the zero points stand for, float64."""
         scale = self.scale if scale is None else scale
         values: Array = centred * self.along(scale.astype(np.float64))
         return values
@@ -102,10 +103,8 @@ def _grid_of(dequantizer: Node, weight: Constant) -> Rounding | str:
     if len(dequantizer.inputs) > 2:
         zero = array_of(dequantizer.inputs[2]).astype(np.int64)
     axis = int(dequantizer.attrs.get("axis", 1)) % values.ndim if scale.ndim else None
-    if np.unique(zero).size != 1:
-        return "its zero points differ"
     storage = storage_of(helper.np_dtype_to_tensor_dtype(kept.dtype))
-    low, high = _used(integers - int(zero.flat[0]), storage, int(zero.flat[0]))
+    low, high = _used(integers, storage, zero)
     return Rounding(
         weight=values,
         scale=scale,
@@ -118,19 +117,27 @@ def _grid_of(dequantizer: Node, weight: Constant) -> Rounding | str:
 
 
 def _centred(dequantizer: Node, rounding: Rounding) -> Array:
-    """Return the integers that are there, relative to the zero point."""
+    """Return the integers that are there, relative to the zero points."""
     integers: Array = array_of(dequantizer.inputs[0]).astype(np.int64)
-    return integers - int(rounding.zero.flat[0])
+    return integers - rounding.along(rounding.zero)
 
 
-def _used(centred: Array, storage: StorageType, zero: int) -> tuple[int, int]:
-    """Return the ends of the smallest grid of a whole number of bits that holds the integers.
+def _used(integers: Array, storage: StorageType, zero: Array) -> tuple[Array, Array]:
+    """Return the ends of the grids in use, relative to the zero points `zero`, in their shape.
 
-    The most negative one, which some grids leave out, belongs to it where it is used.
+    They are those of the smallest type of a whole number of bits that holds the integers. With one
+    zero point it lies around that one, and the most negative integer, which some grids leave out,
+    belongs to it where it is used. With several it lies around 0, and is used as a whole.
     """
+    if np.unique(zero).size > 1:
+        reach = 1 << int(max(integers.max(), -integers.min() - 1)).bit_length()
+        return (-reach if storage.signed else 0) - zero, reach - 1 - zero
+    middle = int(zero.flat[0])
+    centred = integers - middle
     lowest, highest = int(centred.min(initial=-1)), int(centred.max(initial=1))
     reach = (1 << max(highest, -lowest - 1, 1).bit_length()) - 1
-    return max(storage.qmin - zero, min(lowest, -reach)), min(storage.qmax - zero, reach)
+    low = max(storage.qmin - middle, min(lowest, -reach))
+    return np.full_like(zero, low), np.full_like(zero, min(storage.qmax - middle, reach))
 
 
 def scaled_weight(weight: Array, gain: Array, *, axis: int, groups: int = 1) -> Array:
@@ -156,24 +163,33 @@ def scaled_weight(weight: Array, gain: Array, *, axis: int, groups: int = 1) -> 
 def solve_rounding(rounding: Rounding, weight: Array) -> tuple[Array, Array]:
     """Return integers and scales for a changed float weight.
 
-    Scales stay as they are where the integers in use are enough, and grow where they are not.
+    Scales stay as they are where the integers in use are enough, and grow where they are not; what
+    was clipped before may be clipped as much again.
 
     Args:
         rounding: of the weight as it was.
         weight: what it is to be, the same shape.
 
     Returns:
-        Integers with the zero point (int64) and scales (float32, the shape they had).
+        Integers with the zero points (int64) and scales (float32, the shape they had).
     """
-    reach = np.where(weight < 0, weight / min(rounding.low, -1), weight / max(rounding.high, 1))
-    others = tuple(i for i in range(weight.ndim) if i != rounding.axis)
-    needed = reach.max(axis=others if rounding.axis is not None else None)
     scale = rounding.scale.astype(np.float64)
-    growth = np.maximum(np.asarray(needed).reshape(scale.shape) / scale, 1.0)
+    had = np.maximum(_needed(rounding, rounding.weight), scale)
+    growth = np.maximum(_needed(rounding, weight) / had, 1.0)
     if rounding.powers_of_two:
         growth = np.exp2(np.ceil(np.log2(growth) - 1e-6))
     new = (scale * growth).astype(np.float32)
-    return (rounding.round(weight, new) + int(rounding.zero.flat[0])).astype(np.int64), new
+    integers = rounding.round(weight, new) + rounding.along(rounding.zero)
+    return integers.astype(np.int64), new
+
+
+def _needed(rounding: Rounding, weight: Array) -> Array:
+    """Return the smallest scales with which nothing of `weight` is clipped, float64."""
+    low, high = (rounding.along(end) for end in (rounding.low, rounding.high))
+    reach = np.where(weight < 0, weight / np.minimum(low, -1), weight / np.maximum(high, 1))
+    others = tuple(i for i in range(weight.ndim) if i != rounding.axis)
+    needed = reach.max(axis=others if rounding.axis is not None else None)
+    return np.asarray(needed, np.float64).reshape(rounding.scale.shape)
 
 
 def requantize(graph: Graph, dequantizer: Node, rounding: Rounding, weight: Array) -> None:

@@ -54,6 +54,7 @@ TARGET: Final = Target(
     activation=S8,
     weight_rules=ort_x86.WEIGHT_RULES,
     matmul_bias_rank=3,
+    zero_points_below=4,
     sum_before_norm=True,
     sources=(SELECTORS, S8_TO_U8, GUIDE),
     notes=(

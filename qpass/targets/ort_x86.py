@@ -139,6 +139,7 @@ TARGET: Final = Target(
     activation=U8,
     weight_rules=WEIGHT_RULES,
     matmul_bias_rank=3,
+    zero_points_below=4,
     sum_before_norm=True,
     needs_vnni=True,
     sources=(SELECTORS,),

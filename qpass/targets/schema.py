@@ -86,7 +86,12 @@ class WeightRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One engine on one kind of hardware: what it runs in integers and how the graph must look."""
+    """One engine on one kind of hardware: what it runs in integers and how the graph must look.
+
+    zero_points_below
+        Weights of fewer bits than this may have a zero point for each channel: behind quantized
+        activations no kernel of the engine reads them, so none asks for symmetric ones.
+    """
 
     name: str
     title: str
@@ -99,6 +104,7 @@ class Target:
     weight_rules: tuple[WeightRule, ...] = ()  # integer weights behind float activations
     matmul_bias_rank: int | None = None  # reshape MatMul biases to this rank (see lower.py)
     per_channel_matmul: bool = True
+    zero_points_below: int = 0
     sum_before_norm: bool = False  # see lower.py
     needs_vnni: bool = False  # 8-bit weights: other x86 CPUs saturate, see saturation.py
     sources: tuple[str, ...] = ()

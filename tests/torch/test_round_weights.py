@@ -41,7 +41,7 @@ def fidelity(reference: Graph, graph: Graph) -> float:
 def learned(reference: Graph, graph: Graph, numbers: object, **options: object) -> Rounding:
     """Round with few samples and iterations."""
     settings = {"method": "adaround", "iterations": 10, "threads": 1, "seed": 5, **options}
-    samples = feeds_of(reference, settings.pop("samples", 8))  # type: ignore[arg-type]
+    samples = feeds_of(reference, settings.pop("samples", 16))  # type: ignore[arg-type]
     return round_weights(reference, graph, samples, numbers, **settings)  # type: ignore[arg-type]
 
 
@@ -149,6 +149,7 @@ def test_two_runs_give_the_same_graph() -> None:
         learned(reference, graph, numbers_of(plan, table), iterations=10)
         found.append(graph.fingerprint())
     assert found[0] == found[1]
+    assert found[0] != quantized_at(reference, "w3a8")[0].fingerprint()
 
 
 def test_a_unit_with_an_op_that_is_missing_keeps_the_closed_form(
