@@ -289,11 +289,22 @@ def test_auto_refits_behind_inputs_of_few_levels(model: Callable[[], Graph]) -> 
     assert found[True] > found[False]
 
 
-@pytest.mark.parametrize("coarse", [False, True])
-def test_auto_refits_where_the_rows_can_carry_it(
-    coarse: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("method", "batches", "coarse", "refitted"),
+    [
+        ("auto", 12, False, False),
+        ("auto", 12, True, True),
+        ("auto", 48, False, False),
+        ("unit", 12, False, False),
+        ("unit", 12, True, True),
+        ("unit", 48, False, True),
+        ("erq", 12, False, True),
+    ],
+)
+def test_refits_where_the_rows_can_carry_it(
+    method: Any, batches: int, coarse: bool, refitted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight rows an input, or an input of few levels, where there is more to gain."""
+    """Eight rows an input, two in units, or an input of few levels, where there is more to gain."""
     reference = residual_cnn()
     seen: dict[int, int] = {}
 
@@ -304,12 +315,12 @@ def test_auto_refits_where_the_rows_can_carry_it(
     monkeypatch.setattr("qpass.passes.round_weights.choose_refit", spy)
     graph, table, plan = quantized_at(reference, "w4a8")
     numbers = numbers_of(plan, table)
-    names = numbers if coarse else ()
-    # 12 batches of 2 samples: 18 of them give 18 rows to the head (24 inputs), 2,592 to the stem.
-    round_weights(reference, graph, feeds_of(reference, 12), numbers, method="auto", coarse=names)
+    samples, names = feeds_of(reference, batches), numbers if coarse else ()
+    # Batches hold 2 samples, a quarter is held out: 12 give the head (24 inputs) 18 rows, 48 give
+    # it 72; the stem has 2,592 or more.
+    round_weights(reference, graph, samples, numbers, method=method, coarse=names)
     assert 27 in seen
-    assert (24 in seen) is coarse
-    assert all(count >= 8 * inputs for inputs, count in seen.items()) is not coarse
+    assert (24 in seen) is refitted
 
 
 @pytest.mark.parametrize(
