@@ -84,7 +84,8 @@ class _Planner:
     def __post_init__(self) -> None:
         self.full = self.target.scheme == "full" and self.policy.precision.activation is not None
         self.masked = masked_tensors(self.graph)
-        self.constants = ConstantDecisions(self.keys)
+        asked = self.policy.asymmetric_weights
+        self.constants = ConstantDecisions(self.keys, asymmetric=asked)
         self.bits = bits_of_nodes(self.graph, self.policy, self.target)
 
     # ------------------------------------------------------------------ decisions
@@ -134,15 +135,14 @@ class _Planner:
         weight = node.inputs[1]
         if bits.precision.activation is None and isinstance(weight, Constant):
             own = weight_only(node, weight, rule, self.target, self.policy, bits.precision.weight)
-            reason = f"weight of {node.name}"
-            self.constants.add(node, 1, weight, own.spec, "weight", reason, shared=False)
+            self.constants.add_weight(node, weight, own.spec, shared=False)
             self.precision[id(node)] = own.precision
             self.reasons[id(node)] = f"{because}: {own.because}"
             return
         if isinstance(weight, Constant):
             static, wanted = not is_dynamic(node, self.policy), bits.precision.weight
             spec = weight_spec(node, weight, rule, self.target, wanted, static=static)
-            self.constants.add(node, 1, weight, spec, "weight", f"weight of {node.name}")
+            self.constants.add_weight(node, weight, spec)
         if is_dynamic(node, self.policy):
             self.reasons[id(node)] = f"{because}: range of the input at run time"
             return

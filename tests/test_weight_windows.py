@@ -100,10 +100,12 @@ def test_wider_or_symmetric_weights_have_none() -> None:
 @pytest.mark.parametrize("precision", ["w2a8", "w3a8", "w4a8"])
 def test_only_where_no_kernel_reads_them(name: str, precision: str) -> None:
     target = TARGETS[name]
-    specs = [d.spec for d in made_plan(residual_cnn(), name, precision).weights()]
+    decisions = made_plan(residual_cnn(), name, precision).weights()
+    specs = [d.spec for d in decisions]
     inner = [s for s in specs if s.bits < 4 and s.granularity == "per_channel"]
     assert all(spec.symmetric for spec in specs if spec not in inner)
     assert all(spec.symmetric == (target.zero_points_below != 4) for spec in inner)
+    assert all(("no kernel" in d.because) != d.spec.symmetric for d in decisions)
     if name.startswith("ort"):
         assert bool(inner) == (precision != "w4a8")
 
@@ -113,6 +115,8 @@ def test_not_behind_scales_that_are_found_at_run_time_nor_float_activations() ->
         found = made_plan(transformer(), "ort-x86", precision, **options).weights()
         assert min(d.spec.bits for d in found) == 3
         assert all(d.spec.symmetric for d in found)
+    found = made_plan(transformer(), "ort-x86", "w3", asymmetric_weights=True).weights()
+    assert all("--asymmetric-weights" in d.because for d in found)
 
 
 def made_plan(graph: Graph, target: str, precision: str, **options: Any) -> Plan:
