@@ -84,8 +84,7 @@ class _Planner:
     def __post_init__(self) -> None:
         self.full = self.target.scheme == "full" and self.policy.precision.activation is not None
         self.masked = masked_tensors(self.graph)
-        asked = self.policy.asymmetric_weights
-        self.constants = ConstantDecisions(self.keys, asymmetric=asked)
+        self.constants = ConstantDecisions(self.keys)
         self.bits = bits_of_nodes(self.graph, self.policy, self.target)
 
     # ------------------------------------------------------------------ decisions
@@ -135,7 +134,8 @@ class _Planner:
         weight = node.inputs[1]
         if bits.precision.activation is None and isinstance(weight, Constant):
             own = weight_only(node, weight, rule, self.target, self.policy, bits.precision.weight)
-            self.constants.add_weight(node, weight, own.spec, shared=False)
+            reason = f"weight of {node.name}"
+            self.constants.add(node, 1, weight, own.spec, "weight", reason, shared=False)
             self.precision[id(node)] = own.precision
             self.reasons[id(node)] = f"{because}: {own.because}"
             return

@@ -158,9 +158,9 @@ def _no_kernel(node: Node, rank: int, rule: WeightRule | None) -> str:
 class ConstantDecisions:
     """The decisions about constants, in the order in which they were made."""
 
-    def __init__(self, keys: Keys, *, asymmetric: bool) -> None:
-        """Take free keys from `keys`; `asymmetric`: the user asked for such weights."""
-        self._keys, self._asked = keys, asymmetric
+    def __init__(self, keys: Keys) -> None:
+        """Take free keys from `keys`."""
+        self._keys = keys
         self._made: dict[tuple[str, TensorSpec, str], Decision] = {}
 
     def add(
@@ -193,16 +193,12 @@ class ConstantDecisions:
             because=because,
         )
 
-    def add_weight(
-        self, node: Node, weight: Constant, spec: TensorSpec, *, shared: bool = True
-    ) -> None:
-        """Decide that a linear op reads its weight as `spec`; see `add`."""
+    def add_weight(self, node: Node, weight: Constant, spec: TensorSpec) -> None:
+        """Decide that a linear op behind quantized activations reads its weight as `spec`."""
         reason = f"weight of {node.name}"
-        if not spec.symmetric and self._asked:
-            reason += "; asymmetric: --asymmetric-weights"
-        elif not spec.symmetric:
+        if not spec.symmetric:
             reason += "; asymmetric: no kernel of the target reads so few bits"
-        self.add(node, 1, weight, spec, "weight", reason, shared=shared)
+        self.add(node, 1, weight, spec, "weight", reason)
 
     def all(self) -> tuple[Decision, ...]:
         """Return the decisions."""
