@@ -110,10 +110,17 @@ class Options:
         Raises:
             RecipeError: a value is out of its range, or two options contradict each other.
         """
-        Precision.parse(self.precision)
+        activation = Precision.parse(self.precision).activation
         parse_node_bits(self.bits)
         if self.block_size not in (None, 16, 32, 64, 128):
             raise RecipeError(f"--block-size {self.block_size} is not 16, 32, 64 or 128")
+        if activation is not None and (self.block_size or self.asymmetric_weights):
+            name = "--block-size" if self.block_size else "--asymmetric-weights"
+            raise RecipeError(
+                f"{name} is for weights alone, and --precision {self.precision} has activations of "
+                f"{activation} bits",
+                fix=f"choose w4 or w8 as precision, or leave {name} out",
+            )
         if not 0 <= self.accuracy_level <= 4:
             raise RecipeError(f"--accuracy-level {self.accuracy_level} is not 0 to 4")
         parse_bytes(self.memory)
@@ -141,7 +148,6 @@ class Options:
                 f"--mixed-cost {self.mixed_cost} is for --mixed",
                 fix="give --mixed, or leave --mixed-cost out",
             )
-        activation = Precision.parse(self.precision).activation
         if self.mixed and self.activation_scales and activation is not None and activation < 8:
             raise RecipeError(
                 f"--mixed would give activations more bits than the {activation} that "

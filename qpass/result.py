@@ -204,6 +204,7 @@ def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gat
         notes=(
             *run.notes,
             *_added(run),
+            *_zero_points(run),
             *(f"not verified: {text}" for text in run.failures.values()),
         ),
         mixed=run.mixed,
@@ -220,6 +221,21 @@ def _added(run: Run) -> tuple[str, ...]:
         reason = f"{run.target.name} wants every op between Q and DQ"
         return (f"nothing was added at run time: {reason}",)
     return tuple(f"added at run time: {text}" for text in run.compensation.runtime_ops)
+
+
+def _zero_points(run: Run) -> tuple[str, ...]:
+    """Say that weights have zero points that nobody asked for: other engines may refuse them."""
+    assert run.plan is not None
+    if run.options.asymmetric_weights:
+        return ()
+    bits = [d.spec.bits for d in run.plan.weights() if not d.spec.symmetric]
+    few = [number for number in bits if number < run.target.zero_points_below]
+    if not few:
+        return ()
+    return (
+        f"{len(few)} weights of at most {max(few)} bits have zero points, which {run.target.name} "
+        "computes in float; for hardware that wants symmetric weights choose its own target",
+    )
 
 
 def _histograms(run: Run) -> tuple[TensorHistogram, ...]:

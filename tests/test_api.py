@@ -171,6 +171,16 @@ def test_sixteen_bit_activations_are_marked_as_simulated(tmp_path: Path) -> None
     assert onnx.TensorProto.UINT16 in types
 
 
+@pytest.mark.parametrize(
+    ("precision", "target"), [("w3a8", "ort-x86"), ("w4a8", "ort-x86"), ("w3a8", "openvino")]
+)
+def test_zero_points_of_weights_are_said(tmp_path: Path, precision: str, target: str) -> None:
+    path = saved(small_model(), tmp_path)
+    report = optimize(path, normal(), precision=precision, target=target, low_bit_edges=True)
+    said = [note for note in report.notes if "have zero points" in note]
+    assert len(said) == ((precision, target) == ("w3a8", "ort-x86"))
+
+
 def test_random_data_is_marked(tmp_path: Path) -> None:
     report = optimize(saved(small_model(), tmp_path), "random", samples=8)
     assert any(note.startswith("RANDOM DATA") for note in report.notes)

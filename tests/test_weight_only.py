@@ -197,7 +197,18 @@ def test_the_users_bits_hold_for_embeddings_too() -> None:
 @pytest.mark.parametrize("size", [1, 8, 24, 256])
 def test_other_block_sizes_are_refused(size: int) -> None:
     with pytest.raises(RecipeError, match="block-size"):
-        Options(block_size=size)
+        Options(precision="w4", block_size=size)
+
+
+@pytest.mark.parametrize("options", [{"block_size": 32}, {"asymmetric_weights": True}])
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w8a16"])
+def test_what_concerns_weights_alone_is_refused_beside_activations(
+    precision: str, options: dict[str, Any]
+) -> None:
+    Options(precision="w4", **options)
+    name = next(iter(options)).replace("_", "-")
+    with pytest.raises(RecipeError, match=f"--{name} is for weights alone.*{precision}"):
+        Options(precision=precision, **options)
 
 
 # ------------------------------------------------------------------ engines and numbers
