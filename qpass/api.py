@@ -135,9 +135,9 @@ def optimize(
             if _fits(run, source):
                 migrate_scales(run, calibration)
                 choose_method(run, list(islice(iter(calibration), TRIAL_SAMPLES)))
-                take_batches(run, calibration)
+                take_batches(run, calibration, () if note else held)
         elif run.options.round in ROUND_WITH_DATA and _fits(run, source):
-            take_batches(run, calibration)
+            take_batches(run, calibration, () if note else held)
     elif run.options.round in ROUND_WITH_DATA:
         raise RecipeError(f"--round {run.options.round} needs samples", fix="give --data")
     elif settings.static_norm is not None:

@@ -70,6 +70,7 @@ def _compensate_blocks(run: Run, graph: Graph) -> PassReport:
         method="nbc" if run.options.compensate == "nbc" else "qwt",
         integer=integer_specs(run.target, run.policy.precision),
         aim=run.aim,
+        judges=run.judges,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         progress=run.progress,

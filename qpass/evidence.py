@@ -176,8 +176,14 @@ def _moved_stats(
     return found
 
 
-def take_batches(run: Run, samples: Samples) -> None:
-    """Keep a few batches of calibration samples for rounding and compensation."""
+def take_batches(run: Run, samples: Samples, held: Sequence[Any]) -> None:
+    """Keep a few batches of calibration samples for rounding and compensation.
+
+    Args:
+        run: gets them, and batches of held-out samples that say yes or no to whole models.
+        samples: to calibrate with.
+        held: those of the verification; none where they are calibration samples themselves.
+    """
     assert run.graph is not None
     needed = run.options.compensate != "none" or run.options.round in ROUND_WITH_DATA
     if needed or run.options.tune_steps:
@@ -186,4 +192,6 @@ def take_batches(run: Run, samples: Samples) -> None:
         learns = run.options.round in THOROUGH or run.options.tune_steps > 0
         limit = run.options.samples if learns else COMPENSATION_SAMPLES
         some = islice(iter(samples), limit)
-        run.batches = [feeds for _, feeds in batches(some, run.options.batch_size, inputs)]
+        size = run.options.batch_size
+        run.batches = [feeds for _, feeds in batches(some, size, inputs)]
+        run.judges = [feeds for _, feeds in batches(held, size, inputs)]

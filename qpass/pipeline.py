@@ -224,6 +224,7 @@ def _compensate(run: Run, graph: Graph, table: QTable) -> PassReport:
         runtime_ops=run.options.allow_runtime_ops and run.target.scheme != "full",
         baseline=run.plain if rounded else None,
         aim=run.aim,
+        judges=run.judges,
         memory_bytes=run.options.memory_bytes // 2,
         threads=run.options.jobs,
         progress=run.progress,
@@ -274,6 +275,7 @@ def _tune(run: Run, graph: Graph) -> PassReport:
         run.batches,
         steps=run.options.tune_steps,
         aim=run.aim,
+        judges=run.judges,
         seed=run.options.seed,
         threads=run.options.jobs,
     )
@@ -355,6 +357,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         numbers,
         method=method,
         aim=run.aim,
+        judges=run.judges,
         # adaround holds what a unit reads and gives beside the stream, and torch what it needs.
         memory_bytes=run.options.memory_bytes // (8 if method == "adaround" else 2),
         threads=run.options.jobs,

@@ -73,6 +73,7 @@ class Run:
     plain: Graph | None = None  # quantized, not compensated
     quantized: Graph | None = None
     batches: list[Mapping[str, Any]] = field(default_factory=list)  # to compensate with
+    judges: list[Mapping[str, Any]] = field(default_factory=list)  # batches that judge models
     scaled: Mapping[str, Any] = field(default_factory=dict)  # by migration: its key, linear ops
     aim: Graph | None = None  # weights-float network of frozen scales, see `weights_float`
     rounding: tuple[Plan, Rounding] | None = None  # of the weights, and for which plan

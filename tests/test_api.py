@@ -15,6 +15,7 @@ import pytest
 import qpass
 from qpass.api import default_output
 from qpass.modelfile import read_metadata
+from qpass.passes.round_weights import round_weights
 from qpass.targets import TARGETS
 from tests.jobs import (
     CNN,
@@ -179,6 +180,25 @@ def test_zero_points_of_weights_are_said(tmp_path: Path, precision: str, target:
     report = optimize(path, normal(), precision=precision, target=target, low_bit_edges=True)
     said = [note for note in report.notes if "have zero points" in note]
     assert len(said) == ((precision, target) == ("w3a8", "ort-x86"))
+
+
+@pytest.mark.parametrize(("holdout", "apart"), [(0.25, 3), (0.0, 0)])
+def test_samples_of_the_verification_judge_models(
+    holdout: float, apart: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve samples: three are held out, or none, and then calibration samples judge."""
+    seen: dict[str, list[float]] = {"batches": [], "judges": []}
+
+    def spy(_: Any, __: Any, batches: Any, *args: Any, judges: Any, **options: Any) -> Any:
+        for name, some in (("batches", batches), ("judges", judges)):
+            seen[name] += [float(x.sum()) for feeds in some for x in feeds["x"]]
+        return round_weights(_, __, batches, *args, judges=judges, **options)
+
+    monkeypatch.setattr("qpass.pipeline.round_weights", spy)
+    optimize(saved(small_model(), tmp_path), normal(), precision="w4a8", holdout=holdout)
+    assert len(seen["judges"]) == apart
+    assert len(seen["batches"]) == 12 - apart
+    assert not set(seen["judges"]) & set(seen["batches"])
 
 
 def test_random_data_is_marked(tmp_path: Path) -> None:

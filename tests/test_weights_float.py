@@ -225,8 +225,7 @@ def test_weights_on_the_grid_need_nothing(
     The model's outputs could not get better and would refuse all, so they are not asked here.
     """
     better = Verdict(before_db=20.0, after_db=30.0, gain_db=10.0, gain_error_db=0.1)
-    for name in ("round_weights", "compensate", "compensate_blocks"):
-        monkeypatch.setattr(f"qpass.passes.{name}.judge", lambda *_: better)
+    monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: better)
     case = frozen(on_the_grid(model(), "w4a4", target), "w4a4", target)
     batches = quarters(case.reference, 8)
     assert fit(case, case.aim, method, batches).fingerprint() == case.graph.fingerprint()

@@ -42,7 +42,8 @@ from qpass.passes.correct_between import (
 )
 from qpass.passes.correct_input import InputChange, correct_input
 from qpass.passes.fold_affine import Site, find_site, fold
-from qpass.passes.model_gate import GATED_CONFIDENCE, Verdict, judge
+from qpass.passes.model_gate import GATED_CONFIDENCE, Verdict
+from qpass.passes.model_verdict import model_verdict
 from qpass.passes.output_range import Stretch, output_range, solve_stretch, stretch_range
 from qpass.passes.refit import joined, refit
 from qpass.passes.residual import skip_of
@@ -53,7 +54,7 @@ from qpass.passes.unit_moments import measure
 from qpass.program import Progress
 from qpass.report.model import PassReport, Refusal
 from qpass.stream import Stream
-from qpass.submodel import Feeds, Submodel
+from qpass.submodel import Feeds
 
 Method = Literal["cwac", "bias"]
 Aim = Literal["global", "local"]
@@ -117,6 +118,7 @@ def compensate(
     threads: int | None = None,
     progress: Progress | None = None,
     aim: Graph | None = None,
+    judges: Sequence[Feeds] = (),
 ) -> Compensation:
     """Fold the best correction of every linear op into `quantized`, where it helps.
 
@@ -138,6 +140,8 @@ def compensate(
         threads: threads of each session.
         progress: told after each unit.
         aim: graph to come close to, see `Stream`; None: `reference`.
+        judges: batches that no pass was fitted to, which judge the model; without them those held
+            out do, which judge each channel.
     """
     begin = time.perf_counter()
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
@@ -146,7 +150,6 @@ def compensate(
         refusals = [Refusal(rule="compensate", where="model", reason=reason)]
         return _nothing(refusals, None, begin)
     first_held = len(batches) - held
-    plain: list[dict[str, Array]] = []
     verdict: Verdict | None = None
     refusals = []
     shapes = Shapes(graph=reference, sample=batches[0])
@@ -184,13 +187,13 @@ def compensate(
             aim=aim,
         ) as stream:
             walk = _walk(stream, options)
-            outputs = list(stream.outputs())[first_held:]
-            wanted = [of_float for of_float, _ in outputs]
-            if not plain:
-                beaten = quantized if baseline is None else baseline
-                whole = Submodel(beaten, batches[0], list(wanted[0]), threads=threads)
-                plain = [whole.run(batch) for batch in batches[first_held:]]
-            verdict = judge(wanted, plain, [corrected for _, corrected in outputs])
+            verdict = model_verdict(
+                stream,
+                quantized if baseline is None else baseline,
+                first_held=first_held,
+                judges=judges,
+                threads=threads,
+            )
         if verdict.helps_by(GATED_CONFIDENCE):
             _replay(reference, quantized, walk.changes)
             report = PassReport(

@@ -38,11 +38,12 @@ from qpass.passes.block_linear import RIDGES, Kind
 from qpass.passes.block_rows import collect_rows
 from qpass.passes.blocks import Block, find_blocks
 from qpass.passes.fold_affine import Site, fold
-from qpass.passes.model_gate import Verdict, judge
+from qpass.passes.model_gate import Verdict
+from qpass.passes.model_verdict import model_verdict
 from qpass.program import Progress
 from qpass.report.model import PassReport, Refusal
 from qpass.stream import Pair, Step, Stream
-from qpass.submodel import Feeds, Submodel
+from qpass.submodel import Feeds
 from qpass.units import split_into_units
 
 KEEP_SHARE: Final = 8  # of the memory budget: rows, and moments
@@ -120,6 +121,7 @@ def compensate_blocks(
     threads: int | None = None,
     progress: Progress | None = None,
     aim: Graph | None = None,
+    judges: Sequence[Feeds] = (),
 ) -> BlockCompensation:
     """Add a compensation to every residual block of `quantized` where it helps.
 
@@ -135,6 +137,8 @@ def compensate_blocks(
         threads: threads of each session.
         progress: told after each block.
         aim: graph to come close to, see `Stream`; None: `reference`.
+        judges: batches that no pass was fitted to, which judge the model; without them those held
+            out do, which judge each block.
     """
     begin = time.perf_counter()
     found = find_blocks(reference)
@@ -168,14 +172,12 @@ def compensate_blocks(
         aim=aim,
     ) as stream:
         walk = _walk(stream, {block.output: block for block in found.blocks}, options)
-        outputs = list(stream.outputs())[options.first_held :]
-    refusals += walk.refusals
-    if not walk.changes:
-        return _nothing(refusals, None, begin, tuple(walk.blocks))
-    wanted = [of_float for of_float, _ in outputs]
-    whole = Submodel(quantized, batches[0], list(wanted[0]), threads=threads)
-    plain = [whole.run(batch) for batch in batches[options.first_held :]]
-    verdict = judge(wanted, plain, [corrected for _, corrected in outputs])
+        refusals += walk.refusals
+        if not walk.changes:
+            return _nothing(refusals, None, begin, tuple(walk.blocks))
+        verdict = model_verdict(
+            stream, quantized, first_held=options.first_held, judges=judges, threads=threads
+        )
     if not verdict.helps:
         reason = f"no sure improvement: {verdict.sentence}"
         refusals.append(Refusal(rule=method, where="model", reason=reason))

@@ -17,7 +17,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qpass.submodel import Feeds
+from qpass.graph import Graph
+from qpass.submodel import Feeds, Submodel
 from qpass.verify.metrics import CAP_DB, ErrorMeter, sqnr_db
 
 Array = NDArray[Any]
@@ -59,6 +60,27 @@ class Verdict:
             f"{self.before_db:.2f} dB -> {self.after_db:.2f} dB on held-out samples, "
             f"{self.gain_db:+.2f} +- {self.gain_error_db:.2f} dB a sample{worse}"
         )
+
+
+def outputs_of(
+    graph: Graph,
+    batches: Sequence[Feeds],
+    names: Sequence[str],
+    *,
+    threads: int | None = None,
+    qdq_in_float: bool = False,
+) -> list[Feeds]:
+    """Run a whole graph; return some of its tensors by name, one mapping a batch.
+
+    Args:
+        graph: float or quantized.
+        batches: its inputs by name.
+        names: of tensors.
+        threads: of the session.
+        qdq_in_float: for a graph that is aimed at, see `Submodel`.
+    """
+    session = Submodel(graph, batches[0], names, threads=threads, qdq_in_float=qdq_in_float)
+    return [session.run(batch) for batch in batches]
 
 
 def judge(wanted: Sequence[Feeds], before: Sequence[Feeds], after: Sequence[Feeds]) -> Verdict:

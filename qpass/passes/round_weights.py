@@ -13,9 +13,11 @@ What it does
     the steps of activations with few levels along with them.
 Why it never makes things worse
     A quarter of the batches is held out. The new integers of a layer have to give a smaller error
-    there than rounding to nearest, otherwise those stay. And those of all layers stay unless the
-    model's own outputs get better there by a standard error: before rows had weights, a post-norm
-    transformer (kwt1) lost 3.7 dB with 70 layers that were better one by one.
+    there than rounding to nearest, otherwise those stay. Where there are other batches to judge the
+    model by, the quarter then joins the sums (see `way`). Nearest integers stay everywhere unless
+    the model's own outputs get better by a standard error.
+    Before rows had weights, a post-norm transformer (kwt1) lost 3.7 dB with 70 layers that were
+    better one by one.
 What stays
     Zero points, types, nodes and edges. Integers and biases change, so do scales of weights below 7
     bits (see `scales`) and learned steps: nothing costs more at run time.
@@ -36,56 +38,37 @@ from numpy.typing import NDArray
 
 from qpass.graph import Graph, array_of
 from qpass.passes.live_rows import LiveRows
-from qpass.passes.model_gate import GATED_CONFIDENCE, judge
+from qpass.passes.model_gate import GATED_CONFIDENCE
+from qpass.passes.model_verdict import model_verdict
 from qpass.passes.rounding.basic_units import find_basic_units
-from qpass.passes.rounding.descend import descend
-from qpass.passes.rounding.erq import solve_erq
-from qpass.passes.rounding.gptq import SWEEPS, damped, factorize, solve_gptq
 from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, write_steps
 from qpass.passes.rounding.guide import guide_rows
 from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.passes.rounding.measure import measure
-from qpass.passes.rounding.refit import choose_refit
-from qpass.passes.rounding.scales import can_rescale, solve_shares
+from qpass.passes.rounding.scales import can_rescale
 from qpass.passes.rounding.unit import sweep_back
+from qpass.passes.rounding.way import (
+    ENOUGH_ROWS,
+    FULL,
+    QUICK,
+    Effort,
+    Solver,
+    choose_way,
+    solve_again,
+)
 from qpass.program import Progress
 from qpass.qparams import QParams
 from qpass.report.model import PassReport, Refusal
 from qpass.stream import Step, Stream
-from qpass.submodel import Feeds, Submodel
+from qpass.submodel import Feeds
 from qpass.units import split_into_units
 
 Array = NDArray[Any]
 Method = Literal["auto", "gptq", "erq", "unit", "adaround"]
 UNITWISE: Final = ("unit", "adaround")
-# With few rows the Hessian says more than the samples know: stronger dampings compete then.
-DAMPINGS: Final = (0.01, 0.1, 1.0)
-ENOUGH_ROWS: Final = 8  # for each input
 LEAST_ROWS: Final = 2  # likewise, for units: they are there to make up for one another
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
-    """What a layer may cost.
-
-    rows
-        That enter the sums, for each input: they have to span its space well.
-    sweeps
-        Of coordinate descent behind the rounding, at most.
-    inputs
-        Layers with more of them stay as they are; None: no limit.
-    """
-
-    rows: int
-    sweeps: int
-    inputs: int | None = None
-
-
-FULL: Final = Effort(rows=32, sweeps=SWEEPS)
-# What `auto` spends where nothing has few levels. The cost grows with the cube of the inputs, and
-# the more inputs add up, the less their rounding errors weigh against those of the activations.
-# Half of the rows pays for twice the inputs; numbers are in DESIGN.md.
-QUICK: Final = Effort(rows=ENOUGH_ROWS // 2, sweeps=0, inputs=2304)
 WIDE_LEVELS: Final = 100  # 7 bits and more
 
 
@@ -119,7 +102,9 @@ class Rounding:
 @dataclass(slots=True, kw_only=True)
 class _Walk:
     method: Method
+    batches: int
     first_held: int  # number of the first batch that is held out
+    judged_apart: bool  # there are judges beside the batches
     random: np.random.Generator
     rounded: dict[str, Layer] = field(default_factory=dict)
     coarse: Collection[str] = ()  # layers whose input has few levels
@@ -132,6 +117,18 @@ class _Walk:
     def effort(self) -> Effort:
         """What a layer may cost: little, unless few bits leave errors to make up for."""
         return QUICK if self.method == "auto" and not self.few_bits else FULL
+
+    @property
+    def first_judge(self) -> int:
+        """Number of the first batch that no sum sees.
+
+        The other held-out ones enter the sums once they have chosen how a layer is rounded. Without
+        judges all of them judge the model; adaround has units to judge by some of them.
+        """
+        if self.effort is QUICK or not self.judged_apart:
+            return self.first_held
+        left = self.batches - self.first_held
+        return self.first_held + (left // 2 if self.method == "adaround" else left)
 
     def refuse(self, name: str, reason: str) -> None:
         """Leave a layer as it is."""
@@ -174,6 +171,7 @@ def round_weights(
     guided: bool = False,
     progress: Progress | None = None,
     aim: Graph | None = None,
+    judges: Sequence[Feeds] = (),
 ) -> Rounding:
     """Replace the integers of `quantized` by better ones, layer by layer.
 
@@ -194,6 +192,8 @@ def round_weights(
         guided: rows count by what the outputs see of their errors as well (see `guide`).
         progress: told after each unit.
         aim: graph to come close to, see `Stream`; None: `reference`.
+        judges: batches that no pass was fitted to, which judge the model; with them those held out
+            of `batches` enter the sums in the end.
 
     Raises:
         RecipeError: adaround, or a guide, without torch.
@@ -206,7 +206,13 @@ def round_weights(
     held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
     random, first_held = np.random.default_rng(seed), len(batches) - held
     walk = _Walk(
-        method=method, first_held=first_held, random=random, coarse=coarse, rescale=rescale
+        method=method,
+        batches=len(batches),
+        first_held=first_held,
+        judged_apart=bool(judges),
+        random=random,
+        coarse=coarse,
+        rescale=rescale,
     )
     if held < 1:
         walk.refuse("model", "there is only one batch: nothing could be held out to judge by")
@@ -251,7 +257,7 @@ def round_weights(
                     stream,
                     step,
                     inside,
-                    first_held=walk.first_held,
+                    first_held=walk.first_judge,
                     settings=settings,
                     free_steps=free_steps,
                 )
@@ -259,16 +265,18 @@ def round_weights(
                 walk.steps |= learned.steps
                 for name, reason in learned.refused:
                     walk.refuse(name, reason)
-        outputs = list(stream.outputs())[walk.first_held :]
-    if walk.rounded:
-        wanted = [of_float for of_float, _ in outputs]
-        nearest = Submodel(quantized, batches[0], list(wanted[0]), threads=threads)
-        plain = [nearest.run(batch) for batch in batches[walk.first_held :]]
-        verdict = judge(wanted, plain, [of_rounded for _, of_rounded in outputs])
-        if not verdict.helps_by(GATED_CONFIDENCE):
-            walk.rounded.clear()
-            walk.steps.clear()
-            walk.refuse("model", f"no sure improvement, nearest stays: {verdict.sentence}")
+        if walk.rounded:
+            verdict = model_verdict(
+                stream,
+                quantized,
+                first_held=walk.first_judge,
+                judges=() if walk.effort is QUICK else judges,
+                threads=threads,
+            )
+            if not verdict.helps_by(GATED_CONFIDENCE):
+                walk.rounded.clear()
+                walk.steps.clear()
+                walk.refuse("model", f"no sure improvement, nearest stays: {verdict.sentence}")
     rounding = walk.result(begin)
     replay(rounding, reference, quantized, numbers)
     return rounding
@@ -342,59 +350,35 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
         reason = f"{inputs} inputs, `auto` ends at {effort.inputs} (--round gptq does not)"
         walk.refuse(layer.name, f"{reason}: the nearest integers stay")
         return False
-    sums, held = measure(
+    sums, held, more = measure(
         stream,
         step,
         layer,
         first_held=walk.first_held,
+        first_judge=walk.first_judge,
         rows_per_input=effort.rows,
         with_skips=walk.method in UNITWISE,
         random=walk.random,
     )
-    grid, weight = layer.grid(), layer.weight()
-    wanted = weight
-    if _refits(layer, walk, sums.count):
-        wanted, _ = choose_refit(weight, sums, held)
-        layer.wanted = wanted
-    error = plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())
-    integers: Array | None = None
-    reason, chosen = "", 0.0
-    shares: Array | None = None
-    for damping in DAMPINGS:
-        factor = factorize(sums.xx, damping=damping)
-        if isinstance(factor, str):
-            reason = factor
-            break
-        if shares is None and _rescales(layer, walk):
-            shares = solve_shares(wanted, factor, grid)
-            scale = (grid.scale * shares).astype(np.float32)  # as it will be stored
-            grid = replace(grid, scale=scale.astype(np.float64))
-        if walk.method == "erq":
-            candidate = solve_erq(wanted, factor, grid)
-        else:
-            candidate = solve_gptq(wanted, factor, grid, sweeps=0)
-        found = float(held.error(grid.values(candidate), sums).sum())
-        if found < error:
-            error, integers, chosen = found, candidate, factor.damping
-        elif integers is not None:
-            break
-        else:
-            reason = f"squared error {found:.3g} on held-out rows, {plain:.3g} with those"
-        if integers is not None and sums.count >= min(ENOUGH_ROWS, effort.rows) * inputs:
-            break
-    if integers is None:
-        walk.refuse(layer.name, f"{reason}: the nearest integers stay")
+    solver = Solver(
+        effort=effort,
+        halves=walk.method == "erq",
+        refits=_refits(layer, walk, sums.count),
+        rescales=_rescales(layer, walk),
+    )
+    weight = layer.weight()
+    found = choose_way(weight, layer.grid(), sums, held, solver)
+    if isinstance(found, str):
+        walk.refuse(layer.name, f"{found}: the nearest integers stay")
         return False
-    if effort.sweeps and walk.method != "erq":  # which sweeps on its own
-        # Sweeps fit what the rows happen to hold, too, and cost more than a damping does.
-        swept = integers.copy()
-        descend(wanted, damped(sums.xx, chosen), swept, grid, sweeps=effort.sweeps)
-        if float(held.error(grid.values(swept), sums).sum()) < error:
-            integers = swept
-    if shares is not None and (shares != 1.0).any():
-        layer.rescale(stream.quantized, shares)
-    layer.write(stream.quantized, integers)
+    if more is not None:
+        sums.merge(more)
+        found = solve_again(weight, found, sums, solver)
+    layer.wanted = found.wanted
+    if found.shares is not None:
+        layer.rescale(stream.quantized, found.shares)
+    layer.write(stream.quantized, found.integers)
     if layer.site.offset:
-        layer.write_offset(stream.quantized, sums.offset(grid.values(integers)))
+        layer.write_offset(stream.quantized, sums.offset(found.grid.values(found.integers)))
     walk.rounded[layer.name] = layer
     return True

@@ -5,7 +5,7 @@ What it does
     on views of the samples where the inputs have any (`qpass.torch.views`), and folds them, or a
     part of them, into scales and biases. Nothing is added at run time.
 Why it never makes a model worse
-    A quarter of the batches is held out. The model has to be better there, as onnxruntime runs it,
+    Some batches are held out. The model has to be better there, as onnxruntime runs it,
     by one standard error (`model_gate`) after views, which are hard to learn by heart, and by two
     after the samples themselves. Otherwise nothing changes.
 Preconditions
@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from numpy.typing import NDArray
@@ -25,10 +26,10 @@ from qpass.graph import Graph
 from qpass.matching import weight_axis
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, find_site, fold
-from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, Verdict, judge
+from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, Verdict, judge, outputs_of
 from qpass.passes.rounding.gradient import check_torch
 from qpass.report.model import PassReport, Refusal
-from qpass.submodel import Feeds, Submodel
+from qpass.submodel import Feeds
 from qpass.units import is_weighted
 
 Array = NDArray[Any]
@@ -55,18 +56,20 @@ def tune(
     seed: int = 0,
     threads: int | None = None,
     aim: Graph | None = None,
+    judges: Sequence[Feeds] = (),
 ) -> Tuning:
     """Fold learned gains and offsets into `quantized` where the model gets better.
 
     Args:
         reference: the float graph; not changed.
         quantized: the same graph after `insert_qdq`; changed in place.
-        batches: calibration inputs by name; the last ones are held out.
+        batches: calibration inputs by name; the last ones are held out unless there are `judges`.
         steps: of the optimizer, one batch each.
         holdout: share of the batches that judge; at least one.
         seed: of the order of the batches.
         threads: of torch and of each session.
         aim: graph to come close to, as for rounding and compensation; None: `reference`.
+        judges: batches that no pass was fitted to; without them those held out judge.
 
     Raises:
         RecipeError: torch is not there.
@@ -85,10 +88,11 @@ def tune(
     def refuse(reason: str, verdict: Verdict | None = None) -> Tuning:
         return result(0, [Refusal(rule=RULE, where="model", reason=reason)], verdict)
 
-    held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
-    if held < 1:
-        return refuse("there is only one batch: nothing could be held out to judge by")
-    first_held = len(batches) - held
+    if not judges:
+        held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
+        if held < 1:
+            return refuse("there is only one batch: nothing could be held out to judge by")
+        batches, judges = batches[:-held], batches[-held:]
     sites, refusals = _sites(reference, quantized)
     layers = [
         TunedLayer(
@@ -107,15 +111,18 @@ def tune(
         for site in sites
     ]
     names = [tensor.name for tensor in quantized.outputs]
-    wanted = _run(aim or reference, batches, names, threads, qdq_in_float=aim is not None)
-    before = _run(quantized, batches[first_held:], names, threads)
+    right = partial(
+        outputs_of, aim or reference, names=names, threads=threads, qdq_in_float=aim is not None
+    )
+    wanted, ours = right(judges), partial(outputs_of, names=names, threads=threads)
+    before = ours(quantized, judges)
     views = has_views(batches)
     try:
         found = tune_channels(
             list(quantized.nodes),
             layers,
-            batches[:first_held],
-            wanted[:first_held],
+            batches,
+            right(batches),
             steps=steps,
             teacher=list((aim or reference).nodes) if views else (),
             divisible=not any(t.shape and isinstance(t.shape[0], int) for t in reference.inputs),
@@ -129,8 +136,7 @@ def tune(
     for share in SHARES:
         trial, affines = quantized.copy(), _part(found, share)
         _fold(reference, trial, affines)
-        after = _run(trial, batches[first_held:], names, threads)
-        found_here = judge(wanted[first_held:], before, after)
+        found_here = judge(wanted, before, ours(trial, judges))
         if verdict is None or found_here.gain_db > verdict.gain_db:
             verdict, best = found_here, affines
     assert verdict is not None
@@ -175,15 +181,3 @@ def _fold(reference: Graph, graph: Graph, affines: dict[str, ChannelAffine]) -> 
             site = find_site(graph, nodes, original)
             assert isinstance(site, Site)
             fold(graph, site, affines[original.name])
-
-
-def _run(
-    graph: Graph,
-    batches: Sequence[Feeds],
-    names: Sequence[str],
-    threads: int | None,
-    *,
-    qdq_in_float: bool = False,
-) -> list[Feeds]:
-    session = Submodel(graph, batches[0], names, threads=threads, qdq_in_float=qdq_in_float)
-    return [session.run(batch) for batch in batches]

@@ -13,6 +13,7 @@ from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.compensate import compensate
 from qpass.passes.fold_affine import find_site, fold
 from qpass.passes.lower import lower_biases
+from qpass.passes.model_gate import judge
 from qpass.passes.output_range import output_range
 from qpass.stream import Step
 from qpass.verify.metrics import sqnr_db
@@ -191,6 +192,21 @@ def test_it_has_to_beat_the_baseline():
     assert [r.rule for r in result.report.refusals] == ["compensate cwac"]
     assert quantized.fingerprint() == before
     assert compensate(reference, quantized, batches_of(8)).method == "cwac"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_verdict_is_that_of_the_judges(apart: bool):
+    reference, quantized, plain = mlp(quantized=False), mlp(quantized=True), mlp(quantized=True)
+    batches, judges = batches_of(8), batches_of(3, seed=7)
+    verdict = compensate(reference, quantized, batches, judges=judges if apart else ()).verdict
+    judged = judges if apart else batches[6:]
+    want, before, after = (
+        [dict(zip("y", run(graph, feeds), strict=True)) for feeds in judged]
+        for graph in (reference, plain, quantized)
+    )
+    expected = judge(want, before, after)
+    assert verdict.before_db == pytest.approx(expected.before_db, abs=1e-3)
+    assert verdict.after_db == pytest.approx(expected.after_db, abs=1e-3)
 
 
 def test_one_batch_cannot_judge():

@@ -14,6 +14,7 @@ from qpass.graph import Graph, array_of
 from qpass.passes import compensate_blocks as module
 from qpass.passes.block_rows import strides_of, to_rows
 from qpass.passes.compensate_blocks import compensate_blocks
+from qpass.passes.model_gate import judge, outputs_of
 from qpass.planner import plan as make_plan
 from qpass.program import Precision
 from qpass.quantize import build_quantized
@@ -342,6 +343,19 @@ def test_the_model_gate_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "fit_block", misfit)
     (reason,) = refused(reference, wrong, batches_of(reference))
     assert reason.startswith("no sure improvement: ")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_verdict_is_that_of_the_judges(apart: bool) -> None:
+    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
+    batches, plain = batches_of(reference), wrong.copy()
+    judges = [{name: array * np.float32(3) for name, array in batches[0].items()}]
+    result = compensate_blocks(reference, wrong, batches, judges=judges if apart else ())
+    judged = judges if apart else batches[-max(1, len(batches) // 4) :]
+    names = [tensor.name for tensor in reference.outputs]
+    expected = judge(*(outputs_of(g, judged, names) for g in (reference, plain, wrong)))
+    assert result.verdict is not None
+    assert result.verdict.before_db == pytest.approx(expected.before_db, abs=1e-3)
 
 
 def test_one_batch_has_nothing_to_judge_by() -> None:

@@ -108,7 +108,7 @@ def test_the_model_is_the_judge(worse: Verdict, monkeypatch: pytest.MonkeyPatch)
     reference = residual_cnn()
     graph, table, plan = quantized_at(reference, "w4a8")
     before = graph.fingerprint()
-    monkeypatch.setattr("qpass.passes.round_weights.judge", lambda *_: worse)
+    monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: worse)
     rounding = round_weights(
         reference, graph, feeds_of(reference, 32), numbers_of(plan, table), method="gptq"
     )
@@ -124,7 +124,7 @@ def test_one_standard_error_is_enough_for_layers_that_have_passed_gates(
     reference = residual_cnn()
     graph, table, plan = quantized_at(reference, "w4a8")
     better = Verdict(before_db=20.0, after_db=20.5, gain_db=0.5, gain_error_db=0.4)
-    monkeypatch.setattr("qpass.passes.round_weights.judge", lambda *_: better)
+    monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: better)
     rounding = round_weights(
         reference, graph, feeds_of(reference, 32), numbers_of(plan, table), method="gptq"
     )
@@ -312,7 +312,7 @@ def test_refits_where_the_rows_can_carry_it(
         seen[weight.shape[1]] = sums.count
         return choose_refit(weight, sums, held)
 
-    monkeypatch.setattr("qpass.passes.round_weights.choose_refit", spy)
+    monkeypatch.setattr("qpass.passes.rounding.way.choose_refit", spy)
     graph, table, plan = quantized_at(reference, "w4a8")
     numbers = numbers_of(plan, table)
     samples, names = feeds_of(reference, batches), numbers if coarse else ()
@@ -337,7 +337,7 @@ def test_edges_with_many_levels_make_up_for_few_elsewhere(
         seen.add(weight.shape[1])
         return choose_refit(weight, sums, held)
 
-    monkeypatch.setattr("qpass.passes.round_weights.choose_refit", spy)
+    monkeypatch.setattr("qpass.passes.rounding.way.choose_refit", spy)
     graph, table, plan = quantized_at(reference, precision, low_bit_edges=False)
     numbers = numbers_of(plan, table)
     narrow = {name for name, one in numbers.items() if one.qmax < 100}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -140,6 +141,24 @@ def test_units_that_are_learned_change_and_cost_nothing() -> None:
         found[method] = graph.fingerprint(), fidelity(reference, graph), rounding
     assert found["unit"][0] != found["adaround"][0]
     assert found["adaround"][1] > found["unit"][1] - 0.5  # dB
+
+
+@pytest.mark.parametrize(("judged", "first"), [(False, 24), (True, 28)])
+def test_units_are_judged_by_batches_that_no_sum_has_seen(
+    judged: bool, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def spy(*_: object, first_held: int, **__: object) -> object:
+        seen.add(first_held)
+        return SimpleNamespace(layers=(), steps={}, refused=())
+
+    monkeypatch.setattr("qpass.passes.round_weights.reconstruct_unit", spy)
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    judges = feeds_of(reference, 4, seed=6) if judged else ()
+    learned(reference, graph, numbers_of(plan, table), samples=32, judges=judges)
+    assert seen == {first}
 
 
 def test_two_runs_give_the_same_graph() -> None:

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from qpass.errors import RecipeError  # noqa: E402
 from qpass.graph import Graph, array_of  # noqa: E402
-from qpass.passes.model_gate import Verdict  # noqa: E402
+from qpass.passes.model_gate import Verdict, judge, outputs_of  # noqa: E402
 from qpass.passes.tune import tune  # noqa: E402
 from qpass.torch.executor_ops import OPS  # noqa: E402
 from qpass.torch.tune import TunedLayer, tune_channels  # noqa: E402
@@ -121,6 +121,28 @@ def test_a_model_that_is_right_stays() -> None:
     assert report.changed == 0
     assert "no sure improvement" in report.refusals[0].reason
     assert graph.fingerprint() == before
+
+
+def test_judges_leave_all_batches_to_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+
+    def spy(_: Any, __: Any, batches: Any, *args: Any, **options: Any) -> Any:
+        learned.append(len(batches))
+        return tune_channels(_, __, batches, *args, **options)
+
+    monkeypatch.setattr("qpass.torch.tune.tune_channels", spy)
+    reference = residual_cnn()
+    graph, _, _ = quantized_at(reference, "w4a8")
+    batches, judges = feeds_of(reference, 8), feeds_of(reference, 2, seed=5)
+    first = tune(reference, graph.copy(), batches, steps=2, threads=1).verdict
+    second = tune(reference, graph.copy(), batches, steps=2, threads=1, judges=judges).verdict
+    assert learned == [6, 8]
+    assert first is not None
+    assert second is not None
+    names = [tensor.name for tensor in reference.outputs]
+    wanted, got = (outputs_of(one, judges, names) for one in (reference, graph))
+    assert second.before_db == pytest.approx(judge(wanted, got, got).before_db, abs=1e-3)
+    assert first.before_db != pytest.approx(second.before_db, abs=1e-3)
 
 
 @pytest.mark.parametrize("views", [False, True])

@@ -108,6 +108,26 @@ class InputSums:
         self.count += rows
         self.total += total
 
+    def merge(self, other: InputSums) -> None:
+        """Add the rows of other sums of the same op."""
+        total = self.total + other.total
+        if not total:
+            return
+        self.xx += other.xx
+        self.xt += other.xt
+        self.tt += other.tt
+        if self.centered:
+            share = other.total / total
+            dx, dt = other.mean_x - self.mean_x, other.mean_t - self.mean_t
+            weight = self.total * share
+            self.xx += weight * dx[:, :, None] * dx[:, None, :]
+            self.xt += weight * dx[:, :, None] * dt[:, None, :]
+            self.tt += weight * np.square(dt)
+            self.mean_x += share * dx
+            self.mean_t += share * dt
+        self.count += other.count
+        self.total = total
+
     def error(self, weight: Array) -> Array:
         """Return the mean squared error of each output with weights [groups, inputs, outputs]."""
         product = np.einsum("gio,gio->go", weight, self.xx @ weight - 2.0 * self.xt)

@@ -1,4 +1,4 @@
-"""Look at one layer with the activations of both graphs: sums to fit to, and rows to judge by."""
+"""Look at one layer with the activations of both graphs: sums to fit to, and rows to choose by."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ def measure(
     layer: Layer,
     *,
     first_held: int,
+    first_judge: int,
     rows_per_input: int,
     with_skips: bool,
     random: np.random.Generator,
-) -> tuple[InputSums, HeldRows]:
+) -> tuple[InputSums, HeldRows, InputSums | None]:
     """Run the unit up to the layer; sum up its rows and keep those that are held out.
+
+    Those in front of the judges are also summed up, by themselves.
 
     Args:
         stream: stands in the unit.
         step: the unit.
         layer: a linear op of it.
         first_held: number of the first batch that is held out.
+        first_judge: number of the first one that no sum may see.
         rows_per_input: that enter the sums, but at least `LEAST_ROWS` in all.
         with_skips: the aim is the float residual sum less the quantized skip, where there is one.
             Only units aim at it; the methods that they are compared with know nothing of it.
@@ -52,15 +56,22 @@ def measure(
         (inputs, wanted, _pick(layout.positions(wanted), fit_rows, random, live), weights)
         for inputs, wanted, weights, live in islice(pairs, first_held)
     )
-    for inputs, wanted, weights, live in pairs:
+    more = None
+    if first_judge > first_held:
+        more = InputSums(layout=layout, centered=layer.site.offset)
+    for number, (inputs, wanted, weights, live) in enumerate(pairs, start=first_held):
+        if more is not None and number < first_judge:
+            rows = _pick(layout.positions(wanted), fit_rows, random, live)
+            more.update(inputs, wanted, rows, weights)
         picked = _pick(layout.positions(wanted), held_rows, random, live)
         counts = np.ones(len(picked)) if weights is None else weights[picked]
         held.append((layout.input_rows(inputs, picked), layout.output_rows(wanted, picked), counts))
-    return sums, HeldRows(
+    rows_held = HeldRows(
         inputs=np.concatenate([x for x, _, _ in held], axis=1),
         wanted=np.concatenate([t for _, t, _ in held], axis=1),
         weights=np.concatenate([w for _, _, w in held]),
     )
+    return sums, rows_held, more
 
 
 def _pairs(
