@@ -71,8 +71,8 @@ def test_steps_of_activations_are_learned(model: Callable[[], Graph]) -> None:
     made = [quantized_at(reference, "w4a4") for _ in range(3)]
     numbers, (_, table, plan) = numbers_of(made[0][2], made[0][1]), made[0]
     free = [d.key for d in plan.activations() if d.spec.bits == 4]
-    learned(reference, made[0][0], numbers, samples=8, iterations=200)
-    options = {"samples": 8, "iterations": 200, "free_steps": free}
+    learned(reference, made[0][0], numbers, samples=8, iterations=100)
+    options = {"samples": 8, "iterations": 100, "free_steps": free}
     rounding = learned(reference, made[1][0], numbers, **options)
     assert rounding.steps.keys() == set(free)
     assert fidelity(reference, made[1][0]) > fidelity(reference, made[0][0])
