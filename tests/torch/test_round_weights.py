@@ -102,7 +102,7 @@ def test_learned_steps_are_in_the_file_and_in_the_report(tmp_path: Path) -> None
     options = {
         "data": DIGITS,
         "precision": "w4a4",
-        "samples": 24,
+        "samples": 48,
         "compensate": "none",
         "equalize": False,
         "calibrate": "minmax",
