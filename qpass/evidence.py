@@ -29,6 +29,8 @@ from qpass.run import Run, model_key
 from qpass.weights_float import closeness_db
 
 COMPENSATION_SAMPLES: Final = 64  # two unknowns a channel: more samples change little
+# Fewer say nothing of a model: then a quarter of the calibration samples judges, and is not fitted.
+LEAST_JUDGES: Final = 8
 VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
 
 
@@ -194,4 +196,5 @@ def take_batches(run: Run, samples: Samples, held: Sequence[Any]) -> None:
         some = islice(iter(samples), limit)
         size = run.options.batch_size
         run.batches = [feeds for _, feeds in batches(some, size, inputs)]
-        run.judges = [feeds for _, feeds in batches(held, size, inputs)]
+        if len(held) >= LEAST_JUDGES:
+            run.judges = [feeds for _, feeds in batches(held, size, inputs)]

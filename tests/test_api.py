@@ -182,11 +182,13 @@ def test_zero_points_of_weights_are_said(tmp_path: Path, precision: str, target:
     assert len(said) == ((precision, target) == ("w3a8", "ort-x86"))
 
 
-@pytest.mark.parametrize(("holdout", "apart"), [(0.25, 3), (0.0, 0)])
+@pytest.mark.parametrize(
+    ("count", "holdout", "apart"), [(40, 0.25, 10), (40, 0.0, 0), (40, 0.15, 0), (12, 0.25, 0)]
+)
 def test_samples_of_the_verification_judge_models(
-    holdout: float, apart: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, holdout: float, apart: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twelve samples: three are held out, or none, and then calibration samples judge."""
+    """Where eight or more are held out; otherwise some of the calibration samples judge."""
     seen: dict[str, list[float]] = {"batches": [], "judges": []}
 
     def spy(_: Any, __: Any, batches: Any, *args: Any, judges: Any, **options: Any) -> Any:
@@ -195,9 +197,10 @@ def test_samples_of_the_verification_judge_models(
         return round_weights(_, __, batches, *args, judges=judges, **options)
 
     monkeypatch.setattr("qpass.pipeline.round_weights", spy)
-    optimize(saved(small_model(), tmp_path), normal(), precision="w4a8", holdout=holdout)
+    data = normal((count, 3, 8, 8))
+    optimize(saved(small_model(), tmp_path), data, precision="w4a8", holdout=holdout)
     assert len(seen["judges"]) == apart
-    assert len(seen["batches"]) == 12 - apart
+    assert len(seen["batches"]) == count - np.ceil(count * holdout)
     assert not set(seen["judges"]) & set(seen["batches"])
 
 
