@@ -175,8 +175,9 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--rotate",
-    type=click.Choice(["none", "heads", "stream", "all"]),
-    help="Spread outliers: rotate attention heads, the residual stream, or both (default none).",
+    type=click.Choice(["auto", "none", "heads", "stream", "all"]),
+    help="Spread outliers: rotate attention heads, the residual stream, or both (default auto: "
+    "only what lies between linear ops, where weights round better for it).",
 )
 @click.option("--rms-norm/--no-rms-norm", default=None, help="LayerNorm becomes RMSNorm.")
 @click.option("--static-norm", type=float, metavar="R2", help="LayerNorm becomes affine above R2.")

@@ -14,7 +14,7 @@ CompensateMethod = Literal["cwac", "bias", "qwt", "nbc", "none"]
 FitMethod = Literal["ls", "mm"]
 UnifiedNormMode = Literal["auto", "off"]
 MixedCost = Literal["size", "latency"]
-RotateMode = Literal["none", "heads", "stream", "all"]
+RotateMode = Literal["auto", "none", "heads", "stream", "all"]
 RoundMethod = Literal["auto", "rtn", "mse", "gptq", "erq", "unit", "adaround"]
 RowWeights = Literal["auto", "norm", "gradient"]
 WeightRange = Literal["auto", "minmax", "mse", "percentile"]
@@ -74,7 +74,7 @@ class Options:
     # Steps that learn gains and offsets by gradients of the outputs; None: some with adaround.
     tune: int | None = None
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
-    rotate: RotateMode = "none"
+    rotate: RotateMode = "auto"  # auto: streams that only linear ops make and read
     rms_norm: bool = False
     static_norm: float | None = None  # smallest R2 of a LayerNormalization that becomes affine
     keep: tuple[str, ...] = ()
@@ -176,6 +176,11 @@ class Options:
             raise RecipeError(
                 f"--round mse searches the ranges, --weight-range {self.weight_range} does not",
                 fix=f"use --round rtn --weight-range {self.weight_range}",
+            )
+        if self.rotate not in get_args(RotateMode):
+            raise RecipeError(
+                f"there is no --rotate {self.rotate}",
+                fix=f"use {', '.join(get_args(RotateMode))}",
             )
         if self.row_weights not in get_args(RowWeights):
             raise RecipeError(

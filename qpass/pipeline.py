@@ -24,7 +24,7 @@ from qpass.frozen import check_names, meant_decisions, read_scales, solve_ranges
 from qpass.graph import Graph
 from qpass.layer_latency import engine_of
 from qpass.modelfile import load_model
-from qpass.options import ROUND_WITH_DATA
+from qpass.options import ROUND_WITH_DATA, Options, RotateMode
 from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.compensate import compensate
 from qpass.passes.equalize.measure import Specs
@@ -75,7 +75,7 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         run.passes += rewrite_norms(
             run.graph,
             unified=run.options.unified_norm == "auto" and not run.options.activation_scales,
-            rotate=run.options.rotate,
+            rotate=_rotation_of(run.options),
             rms=run.options.rms_norm,
             seed=run.options.seed,
         )
@@ -90,6 +90,11 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         if run.options.activation_scales:
             _freeze_scales(run, Path(run.options.activation_scales))
     return run.graph
+
+
+def _rotation_of(options: Options) -> RotateMode:
+    """Return what may rotate: nothing by itself where scales of activations are given."""
+    return "none" if options.rotate == "auto" and options.activation_scales else options.rotate
 
 
 def _patches_as_products(run: Run) -> bool:
@@ -114,7 +119,8 @@ def _rewrite_patches(run: Run, graph: Graph) -> None:
 def _freeze_scales(run: Run, path: Path) -> None:
     """Pin the ranges that give the activation scales of a file back, and aim at these scales."""
     options = run.options
-    if options.rotate != "none" or options.rms_norm or options.static_norm is not None:
+    rotates = options.rotate not in ("auto", "none")
+    if rotates or options.rms_norm or options.static_norm is not None:
         raise RecipeError(
             "--activation-scales needs the activations as they are",
             fix="leave out --rotate, --rms-norm and --static-norm, which change them",

@@ -32,16 +32,20 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({}, ["normalize", "unified-norm", "affine", "stream-bias", "patch-matmul"]),
-        ({"unified_norm": "off"}, ["normalize", "patch-matmul"]),
-        ({"unified_norm": "off", "rotate": "heads"}, ["normalize", "rotate-heads", "patch-matmul"]),
+        ({}, ["normalize", "unified-norm", "affine", "stream-bias", "balance", "patch-matmul"]),
+        ({"unified_norm": "off"}, ["normalize", "balance", "patch-matmul"]),
+        ({"unified_norm": "off", "rotate": "none"}, ["normalize", "patch-matmul"]),
+        (
+            {"unified_norm": "off", "rotate": "heads"},
+            ["normalize", "balance", "rotate-heads", "patch-matmul"],
+        ),
         (
             {"rotate": "all", "rms_norm": True},
-            ["normalize", "unified-norm", "affine", "stream-bias", "norm-gain", "rotate-stream",
-             "rms-norm", "rotate-heads", "patch-matmul"],
+            ["normalize", "unified-norm", "affine", "stream-bias", "balance", "norm-gain",
+             "rotate-stream", "rms-norm", "rotate-heads", "patch-matmul"],
         ),
     ],
-    ids=["default", "off", "heads", "everything"],
+    ids=["default", "off", "none", "heads", "everything"],
 )  # fmt: skip
 def test_options_choose_the_passes(
     options: dict[str, object], names: list[str], tmp_path: Path

@@ -4,12 +4,16 @@ A stream are all tensors that hang together by Add, by ops that move whole chann
 rotations, by norms without gain. To write it in another basis, x' = x B, everything that makes it
 (`writers`: linear ops, embeddings, positional tables) is multiplied by B, and what reads it
 (`readers`: linear ops) by the inverse of B. A stream that anything else makes or reads is refused.
+
+Which B a norm allows decides what it is to a stream (`Norms`): "through", B is a rotation that
+norms without gain let pass; "end", the stream ends at its norms, and linear ops must not read it;
+"none", B is any matrix with an inverse, and a norm refuses the stream.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +32,7 @@ from qpass.passes.normalize.folding import (
 from qpass.units import is_weighted
 
 Matrix = NDArray[np.float64]
+Norms = Literal["through", "end", "none"]
 _SUMS: Final = ("Add", "Sub", "Sum")
 
 
@@ -57,37 +62,39 @@ class Stream:
     refusal: str = ""
 
 
-def find_streams(graph: Graph, *, through_norms: bool) -> list[Stream]:
+def find_streams(graph: Graph, *, norms: Norms) -> list[Stream]:
     """Return the streams in front of normalizations over the last axis, and of folded ones.
 
     Args:
         graph: a normalized graph.
-        through_norms: True: what a norm without gain makes belongs to the stream (rotations);
-            False: the stream ends there, and linear ops must not read it (centring).
+        norms: what they are to a stream; with "none" streams are what linear ops write, alone or
+            in sums, and what a linear op reads raw.
     """
     streams: list[Stream] = []
     for node in graph.nodes:
-        tensor = _seed(graph, node, through_norms=through_norms)
-        if tensor is None or any(id(tensor) in stream.axes for stream in streams):
+        seed = _linear_seed(graph, node) if norms == "none" else _seed(graph, node, norms)
+        if seed is None or any(id(seed[0]) in stream.axes for stream in streams):
             continue
-        stream = Stream(channels=tensor.shape[-1], where=node)
+        tensor, axis = seed
+        stream = Stream(channels=tensor.shape[axis], where=node)
         try:
-            _Walk(graph, stream, through_norms).run(tensor, len(tensor.shape) - 1)
+            _Walk(graph, stream, norms).run(tensor, axis)
         except _RefusedError as reason:
             stream.refusal = str(reason)
         streams.append(stream)
     return streams
 
 
-def _seed(graph: Graph, node: Node, *, through_norms: bool) -> Tensor | None:
-    """Return the tensor that `node` shows to be a stream, None for most nodes.
+def _seed(graph: Graph, node: Node, norms: Norms) -> tuple[Tensor, int] | None:
+    """Return the tensor that `node` shows to be a stream, and its last axis; None for most nodes.
 
     That is what a norm reads, and a sum of two activations that a MatMul or Gemm reads raw: the
     stream of a network whose norms are folded.
     """
     if node.op in NORMS:
-        return None if isinstance(read_norm(node), str) else node.inputs[0]
-    if node.op != "Add" or not through_norms:
+        x = node.inputs[0]
+        return None if isinstance(read_norm(node), str) else (x, len(x.shape) - 1)
+    if node.op != "Add" or norms != "through":
         return None
     out = node.outputs[0]
     if out.shape is None or not out.shape or not isinstance(out.shape[-1], int):
@@ -95,7 +102,26 @@ def _seed(graph: Graph, node: Node, *, through_norms: bool) -> Tensor | None:
     sums = not any(isinstance(tensor, Constant) for tensor in node.inputs)
     readers = graph.consumers(out)
     raw = any(n.op in ("Gemm", "MatMul") and i == 0 and is_weighted(n) for n, i in readers)
-    return out if sums and raw else None
+    return (out, len(out.shape) - 1) if sums and raw else None
+
+
+def _linear_seed(graph: Graph, node: Node) -> tuple[Tensor, int] | None:
+    """Return what a linear op reads right behind a linear op or a sum, and where its channels lie.
+
+    So ReLU, norms and inputs of the model show no stream, and nothing has to be said of them.
+    """
+    tensor = node.inputs[0] if _mixes(node) else None
+    maker = None if tensor is None else graph.producer(tensor)
+    if tensor is None or maker is None or not (maker.op in _SUMS or _mixes(maker)):
+        return None
+    rank = rank_of(tensor) or 0
+    axis = 1 if node.op in ("Conv", "ConvTranspose") else rank - 1
+    return (tensor, axis) if axis < rank and isinstance(tensor.shape[axis], int) else None
+
+
+def _mixes(node: Node) -> bool:
+    """Return whether a node is a linear op with constant weights that mixes all channels."""
+    return is_weighted(node) and int(node.attrs.get("group", 1)) == 1
 
 
 def change_basis(graph: Graph, slots: list[Slot], matrix: Matrix, channels: int) -> None:
@@ -118,8 +144,8 @@ def change_basis(graph: Graph, slots: list[Slot], matrix: Matrix, channels: int)
 class _Walk:
     """Follow a stream through the graph in both directions."""
 
-    def __init__(self, graph: Graph, stream: Stream, through_norms: bool) -> None:
-        self._graph, self._stream, self._through = graph, stream, through_norms
+    def __init__(self, graph: Graph, stream: Stream, norms: Norms) -> None:
+        self._graph, self._stream, self._norms = graph, stream, norms
         self._waiting: list[Tensor] = []
         self._slots: set[tuple[int, int, int]] = set()
 
@@ -158,7 +184,7 @@ class _Walk:
         elif self._scale_index(node) is not None:
             self._reach(node.inputs[self._scale_index(node) or 0], axis)
         elif node.op in NORMS:
-            if not self._through:
+            if self._norms != "through":
                 raise _RefusedError(f"{node.name} ({node.op}) writes it")
             self._norm(node, axis)
         elif node.op in ("Conv", "Gemm", "MatMul"):
@@ -245,7 +271,7 @@ class _Walk:
         reader = linear_reader(node, index, axis, self._stream.channels)
         if isinstance(reader, str):
             raise _RefusedError(f"{node.name} reads it: {reader}")
-        if not self._through:
+        if self._norms == "end":
             raise _RefusedError(f"{node.name} reads it without a norm")
         if int(node.attrs.get("group", 1)) != 1:
             raise _RefusedError(f"{node.name} is grouped: its inputs cannot be mixed")
@@ -254,17 +280,19 @@ class _Walk:
             self._stream.readers.append(Slot(node=node, index=1, axis=reader.axis))
 
     def _norm(self, node: Node, axis: int) -> None:
+        if self._norms == "none":
+            raise _RefusedError(f"{node.name} ({node.op}) reads it")
         norm = read_norm(node)
         if isinstance(norm, str):
             raise _RefusedError(f"{node.name}: {norm}")
         if axis != len(node.inputs[0].shape) - 1:
             raise _RefusedError(f"{node.name} does not go over the channels")
-        if self._through and not norm.plain:
+        if self._norms == "through" and not norm.plain:
             raise _RefusedError(f"{node.name} has a gain or bias that does not fold")
         if all(norm.node is not node for norm in self._stream.norms):
             self._stream.norms.append(norm)
         self._reach(node.inputs[0], axis)
-        if self._through:
+        if self._norms == "through":
             self._reach(node.outputs[0], axis)
 
     @staticmethod

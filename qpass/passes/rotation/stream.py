@@ -40,7 +40,7 @@ RMS_OPSET: Final = 23
 def rotate_streams(graph: Graph, seed: int) -> PassReport:
     """Rotate every residual stream that can be; `changed` counts constants."""
     result = FoldResult()
-    for stream in find_streams(graph, through_norms=True):
+    for stream in find_streams(graph, norms="through"):
         if stream.refusal:
             result.refuse("rotate stream", stream.where, stream.refusal)
             continue
@@ -55,7 +55,7 @@ def rotate_streams(graph: Graph, seed: int) -> PassReport:
 def center_streams(graph: Graph) -> PassReport:
     """Turn LayerNormalization into RMSNormalization where that is exact; `changed` counts norms."""
     result = FoldResult()
-    for stream in find_streams(graph, through_norms=False):
+    for stream in find_streams(graph, norms="end"):
         layer_norms = [n for n in stream.norms if n.node.op == "LayerNormalization"]
         if stream.refusal:
             result.refuse("LayerNorm to RMSNorm", stream.where, stream.refusal)
