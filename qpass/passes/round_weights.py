@@ -45,6 +45,7 @@ from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, write_
 from qpass.passes.rounding.guide import guide_rows
 from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.passes.rounding.measure import measure
+from qpass.passes.rounding.output_metric import find_metric
 from qpass.passes.rounding.scales import can_rescale
 from qpass.passes.rounding.unit import sweep_back
 from qpass.passes.rounding.way import (
@@ -55,6 +56,7 @@ from qpass.passes.rounding.way import (
     Solver,
     choose_way,
     solve_again,
+    solve_for_outputs,
 )
 from qpass.program import Progress
 from qpass.qparams import QParams
@@ -374,6 +376,10 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     if more is not None:
         sums.merge(more)
         found = solve_again(weight, found, sums, solver)
+    if walk.effort is not QUICK and not _is_wide(layer):
+        metric = find_metric(stream, layer, walk.first_judge)
+        if metric is not None:
+            found, layer.together = solve_for_outputs(found, sums, metric), True
     layer.wanted = found.wanted
     if found.shares is not None:
         layer.rescale(stream.quantized, found.shares)

@@ -46,6 +46,8 @@ class Layer:
         For each batch which rows an output can see, None: all of them; see `live_rows`.
     rescaled
         Whether `rescale` has changed its numbers.
+    together
+        Whether errors of its output channels make up for one another (`output_metric`).
     """
 
     original: Node
@@ -62,6 +64,7 @@ class Layer:
     guide: Sequence[Array] | None = None
     live: Sequence[Array | None] = ()
     rescaled: bool = False
+    together: bool = False
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from qpass.passes.rounding.erq import solve_erq
 from qpass.passes.rounding.gptq import SWEEPS, Factor, damped, factorize, solve_gptq
 from qpass.passes.rounding.grid import Grid
 from qpass.passes.rounding.hessian import InputSums
+from qpass.passes.rounding.output_metric import metric_error, solve_together
 from qpass.passes.rounding.refit import HeldRows, choose_refit, solve_refit
 from qpass.passes.rounding.scales import solve_shares
 
@@ -171,6 +172,22 @@ def solve_again(weight: Array, found: Rounded, sums: InputSums, solver: Solver) 
     # The old integers were the best of several on rows that they were not fitted to.
     old, new = (float(sums.error(found.grid.values(o.integers)).sum()) for o in (found, again))
     return again if new < old else found
+
+
+def solve_for_outputs(found: Rounded, sums: InputSums, metric: Array) -> Rounded:
+    """Return the weight rounded in the way of `found`, all outputs together; see `output_metric`.
+
+    The integers that are there stay where they cost no more.
+    """
+    factor = factorize(sums.xx, damping=found.damping)
+    if isinstance(factor, str):
+        return found
+    integers = solve_together(found.wanted, factor, found.grid, metric)
+    old, new = (
+        metric_error(found.wanted - found.grid.values(i), factor.hessian, metric)
+        for i in (found.integers, integers)
+    )
+    return replace(found, integers=integers) if new < old else found
 
 
 def _without_sweeps(weight: Array, factor: Factor, grid: Grid) -> Array:
