@@ -11,6 +11,8 @@ What it does
     minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
     ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients, and
     the steps of activations with few levels along with them.
+    Where a sample has one row that the outputs see, all but adaround round channels together, by
+    what the outputs see of them (`output_metric`).
 Why it never makes things worse
     A quarter of the batches is held out. The new integers of a layer have to give a smaller error
     there than rounding to nearest, otherwise those stay. Where there are other batches to judge the
@@ -376,7 +378,8 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     if more is not None:
         sums.merge(more)
         found = solve_again(weight, found, sums, solver)
-    if walk.effort is not QUICK and not _is_wide(layer):
+    # adaround goes on by the error at the end of a unit, channel by channel.
+    if walk.effort is not QUICK and walk.method != "adaround" and not _is_wide(layer):
         metric = find_metric(stream, layer, walk.first_judge)
         if metric is not None:
             found, layer.together = solve_for_outputs(found, sums, metric), True

@@ -189,6 +189,21 @@ def test_a_unit_with_an_op_that_is_missing_keeps_the_closed_form(
     assert rounding.report.changed > 0
 
 
+def test_units_that_are_learned_are_not_rounded_for_the_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "qpass.passes.round_weights.find_metric", lambda _, layer, __: asked.append(layer.name)
+    )
+    for method in ("unit", "adaround"):
+        graph = residual_cnn()
+        quantized, table, plan = quantized_at(graph, "w4a8")
+        learned(graph, quantized, numbers_of(plan, table), method=method)
+        assert bool(asked) is (method == "unit")
+        asked.clear()
+
+
 def test_many_levels_are_not_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Executor, "__init__", None)  # nothing may run
     reference = residual_cnn()
