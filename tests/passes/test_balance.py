@@ -41,7 +41,7 @@ STAGE = """
 SHAPES = {
     "first": (CHANNELS, 8, 1, 1), "offset": (CHANNELS,), "expand0": (WIDE, CHANNELS, 1, 1),
     "spread": (WIDE,), "depth": (WIDE, 1, 3, 3), "project": (CHANNELS, WIDE, 1, 1),
-    "expand1": (WIDE, CHANNELS, 3, 3),
+    "expand1": (WIDE, CHANNELS, 3, 3), "inner": (CHANNELS, CHANNELS, 1, 1),
 }  # fmt: skip
 
 
@@ -179,6 +179,16 @@ def test_a_scale_of_one_number_is_passed() -> None:
     graph, feeds = graph_of(body), feeds_of()
     wanted = oracle.reference(graph.to_model(), feeds)
     assert balance_streams(graph, 0).changed == 4
+    for engine in oracle.ENGINES:
+        assert oracle.relative_error(engine(graph.to_model(), feeds), wanted) < TOLERANCE, engine
+
+
+def test_an_op_may_read_and_write_the_stream() -> None:
+    body = """s = Conv(x, first, offset) t = Conv(s, inner, offset) r = Add(s, t)
+              y = Conv(r, expand0, spread)"""
+    graph, feeds = graph_of(body), feeds_of()
+    wanted = oracle.reference(graph.to_model(), feeds)
+    assert balance_streams(graph, 0).changed == 6
     for engine in oracle.ENGINES:
         assert oracle.relative_error(engine(graph.to_model(), feeds), wanted) < TOLERANCE, engine
 
