@@ -24,13 +24,14 @@ from qpass.frozen import check_names, meant_decisions, read_scales, solve_ranges
 from qpass.graph import Graph
 from qpass.layer_latency import engine_of
 from qpass.modelfile import load_model
-from qpass.options import ROUND_WITH_DATA, Options, RotateMode
+from qpass.options import ROUND_WITH_DATA
 from qpass.passes.absorb_scales import absorb_scales
 from qpass.passes.compensate import compensate
 from qpass.passes.equalize.measure import Specs
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
 from qpass.passes.patch_matmul import patches_to_matmul
+from qpass.passes.rotation.balance import balance_streams
 from qpass.passes.round_weights import replay, round_weights, write_offsets
 from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
@@ -75,10 +76,12 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         run.passes += rewrite_norms(
             run.graph,
             unified=run.options.unified_norm == "auto" and not run.options.activation_scales,
-            rotate=_rotation_of(run.options),
+            rotate=run.options.rotate,
             rms=run.options.rms_norm,
             seed=run.options.seed,
         )
+        if run.options.rotate != "none" and not run.options.activation_scales:
+            _balance(run, run.graph)
     if run.policy.precision.activation is None and run.target.straight_gemms:
         run.passes.append(straighten_gemms(run.graph))
     if for_target and _patches_as_products(run):
@@ -92,9 +95,17 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
     return run.graph
 
 
-def _rotation_of(options: Options) -> RotateMode:
-    """Return what may rotate: nothing by itself where scales of activations are given."""
-    return "none" if options.rotate == "auto" and options.activation_scales else options.rotate
+def _balance(run: Run, graph: Graph) -> None:
+    """Balance streams, and keep what their statistics are known by."""
+    before = graph.fingerprint() if _is_rewritten(run) else ""
+    report = balance_streams(graph, run.options.seed)
+    run.passes.append(report)
+    if report.changed:
+        run.known = f"{before}-balanced-{run.options.seed}"
+
+
+def _is_rewritten(run: Run) -> bool:
+    return any(report.changed for report in run.passes if report.name != "normalize")
 
 
 def _patches_as_products(run: Run) -> bool:
@@ -108,12 +119,11 @@ def _patches_as_products(run: Run) -> bool:
 
 def _rewrite_patches(run: Run, graph: Graph) -> None:
     """Rewrite patch embeddings, and keep what statistics of other rewrites are known by."""
-    others = any(report.changed for report in run.passes if report.name != "normalize")
-    before = graph.copy() if others else None
+    before = graph.copy() if _is_rewritten(run) and not run.known else None
     report = patches_to_matmul(graph)
     run.passes.append(report)
     if report.changed and before is not None:
-        run.unpatched = before.fingerprint()
+        run.known = before.fingerprint()
 
 
 def _freeze_scales(run: Run, path: Path) -> None:
@@ -186,7 +196,7 @@ def make_norms_static(run: Run, samples: Samples) -> None:
         )
     run.passes.append(report)
     if report.changed:
-        run.unpatched = ""
+        run.known = ""
         run.plan = make_plan(run.graph, run.target, run.policy)
 
 

@@ -45,12 +45,14 @@ def sha256_of(path: Path) -> str:
 def model_key(run: Run) -> str:
     """Return what the statistics of a run belong to: the file, and what was rewritten in it.
 
-    Patch embeddings are rewritten by moving values: statistics stay what they are.
+    Patch embeddings are rewritten by moving values: statistics stay what they are. Balanced streams
+    are known by the graph that they were balanced in: products of matrices differ in the last digit
+    between CPUs, and one machine may gather statistics for another.
     """
     assert run.graph is not None
     rewritten = any(p.changed for p in run.passes if p.name not in ("normalize", PATCHES))
-    content = f"-{run.unpatched or run.graph.fingerprint()}" if rewritten else ""
-    return sha256_of(run.source) + content
+    content = run.known or (run.graph.fingerprint() if rewritten else "")
+    return sha256_of(run.source) + (f"-{content}" if content else "")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class Run:
     policy: Policy
     stages: Stages = field(default_factory=Stages)
     graph: Graph | None = None  # normalized float graph, never changed after `prepare`
-    unpatched: str = ""  # its fingerprint before patch embeddings were rewritten
+    known: str = ""  # what stands for its content, where that is not its fingerprint
     passes: list[PassReport] = field(default_factory=list)
     plan: Plan | None = None
     stats: dict[str, TensorStats] = field(default_factory=dict)

@@ -37,12 +37,12 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
         ({"unified_norm": "off", "rotate": "none"}, ["normalize", "patch-matmul"]),
         (
             {"unified_norm": "off", "rotate": "heads"},
-            ["normalize", "balance", "rotate-heads", "patch-matmul"],
+            ["normalize", "rotate-heads", "balance", "patch-matmul"],
         ),
         (
             {"rotate": "all", "rms_norm": True},
-            ["normalize", "unified-norm", "affine", "stream-bias", "balance", "norm-gain",
-             "rotate-stream", "rms-norm", "rotate-heads", "patch-matmul"],
+            ["normalize", "unified-norm", "affine", "stream-bias", "norm-gain",
+             "rotate-stream", "rms-norm", "rotate-heads", "balance", "patch-matmul"],
         ),
     ],
     ids=["default", "off", "none", "heads", "everything"],

@@ -3,8 +3,8 @@
 The order is what each pass needs of the one before: chains of Unified Normalization become one Mul
 and one Add; gains and offsets of channels fold forward; biases of what writes to a stream without
 norms go to what reads it; gains of norms fold forward where a basis is to change; streams rotate
-while their norms are still LayerNormalization; then these become RMSNormalization; heads, and
-streams without norms that are balanced, are independent of all of it.
+while their norms are still LayerNormalization; then these become RMSNormalization; heads are
+independent of all of it. Streams without norms are balanced behind it (`rotation.balance`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from qpass.graph import Graph
 from qpass.passes.affine import fold_channel_affines
 from qpass.passes.norm_gain import fold_norm_gains
 from qpass.passes.normalize import check_normalized
-from qpass.passes.rotation.balance import balance_streams
 from qpass.passes.rotation.heads import rotate_heads
 from qpass.passes.rotation.stream import center_streams, rotate_streams
 from qpass.passes.stream_bias import move_stream_biases
@@ -34,8 +33,7 @@ def rewrite_norms(
     Args:
         graph: a normalized graph, changed in place; it stays normalized.
         unified: fold Unified Normalization and other affine maps of channels into linear ops.
-        rotate: "heads": channels within attention heads, "stream": the residual stream, or "all";
-            with these and with "auto" streams between linear ops are balanced.
+        rotate: "heads": channels within attention heads, "stream": the residual stream, or "all".
         rms: turn LayerNormalization into RMSNormalization.
         seed: of the signs of the rotations.
 
@@ -45,8 +43,6 @@ def rewrite_norms(
     steps: list[Callable[[Graph], PassReport]] = []
     if unified:
         steps += [recognize_unified_norms, fold_channel_affines, move_stream_biases]
-    if rotate != "none":
-        steps.append(lambda graph: balance_streams(graph, seed))
     if rms or rotate in ("stream", "all"):
         steps.append(fold_norm_gains)
     if rotate in ("stream", "all"):

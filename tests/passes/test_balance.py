@@ -15,11 +15,10 @@ from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
 from qpass.options import Options
 from qpass.passes.normalize import check_normalized, normalize
-from qpass.passes.norms import rewrite_norms
 from qpass.passes.rotation.balance import balance_streams, solve_balance
 from qpass.passes.rotation.hadamard import solve_rotation
 from qpass.pipeline import prepare
-from qpass.run import start
+from qpass.run import Run, model_key, start
 from tests import oracle
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
@@ -254,22 +253,39 @@ def test_weights_that_round_without_loss_stay() -> None:
 # ---------------------------------------------------------------------------- options
 
 
-def test_it_runs_by_itself_and_can_be_left_out() -> None:
+def prepared(folder: Path, **options: object) -> Run:
+    model = folder / "m.onnx"
+    onnx.save(graph_of(STAGE).to_model(), model)
+    run = start(model, make_options(**options))
+    prepare(run)
+    return run
+
+
+def test_it_runs_by_itself_and_can_be_left_out(tmp_path: Path) -> None:
     names = {
-        rotate: [r.name for r in rewrite_norms(graph_of(STAGE), rotate=rotate) if r.changed]
+        rotate: [r.name for r in prepared(tmp_path, rotate=rotate).passes if r.changed]
         for rotate in ("auto", "none", "all")
     }
-    assert names == {"auto": ["balance"], "none": [], "all": ["balance"]}
+    assert names["none"] == []
+    assert names["auto"] == names["all"] == ["balance"]
+
+
+def test_statistics_are_known_by_the_seed_and_not_by_the_last_digit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [model_key(prepared(tmp_path, **o)) for o in ({}, {"seed": 1}, {"rotate": "none"})]
+    assert len(set(keys)) == 3
+    exact = np.linalg.inv
+    monkeypatch.setattr(np.linalg, "inv", lambda matrix: exact(matrix) * (1.0 + 1e-6))
+    assert model_key(prepared(tmp_path)) == keys[0]
 
 
 def test_given_scales_of_activations_keep_the_basis(tmp_path: Path) -> None:
-    model, scales = tmp_path / "m.onnx", tmp_path / "s.json"
-    onnx.save(graph_of(STAGE).to_model(), model)
+    scales = tmp_path / "s.json"
     scales.write_text(json.dumps({"s": {"scale": 0.1, "zero_point": 128}}))
     changed = {}
     for given in (None, str(scales)):
-        run = start(model, make_options(activation_scales=given))
-        prepare(run)
+        run = prepared(tmp_path, activation_scales=given)
         changed[given] = sum(report.changed for report in run.passes if report.name == "balance")
     assert changed == {None: 6, str(scales): 0}
 
