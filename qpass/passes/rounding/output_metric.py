@@ -33,6 +33,7 @@ Array = NDArray[Any]
 RUNS: Final = 4096  # of what is behind an op, at most
 STEP: Final = 1e-2  # of a difference quotient, as a share of the root mean square of the outputs
 ELEMENTS: Final = 1 << 20  # of a weight: its channels are rounded one by one
+DERIVATIVES: Final = 1 << 24  # of one batch, in float64
 DAMPING: Final = 0.03  # of G, in units of the mean of its diagonal
 
 
@@ -60,12 +61,15 @@ def find_metric(stream: Stream, layer: Layer, batches: int) -> Array | None:
         feeds = dict(stream.feeds("float", number))
         base = maker.run(feeds)[layer.output]
         live = layer.live[number] if layer.live else None
-        samples = len(next(iter(stream.batches[number].values())))
+        shapes = [np.shape(array) for array in stream.batches[number].values()]
+        samples = next((shape[0] for shape in shapes if shape), 1)
         if (layout.positions(base) if live is None else int(live.sum())) != samples:
             return None
         if tail is None:
             tail = Submodel(graph, {**feeds, layer.output: base}, outputs)
         changes = _changes(tail, {**feeds, layer.output: base}, layer, base)
+        if changes is None or not np.isfinite(changes).all():
+            return None
         total += changes @ changes.T / samples
     return total / taken
 
@@ -82,9 +86,16 @@ def _outputs_behind(graph: Graph, layer: Layer) -> list[str]:
     return [t.name for t in graph.outputs if id(t) in reached and t.dtype in floating]
 
 
-def _changes(tail: Submodel, feeds: dict[str, Array], layer: Layer, base: Array) -> Array:
-    """Return the derivatives of all outputs by each channel, float64 [channels, elements]."""
+def _changes(tail: Submodel, feeds: dict[str, Array], layer: Layer, base: Array) -> Array | None:
+    """Return the derivatives of all outputs by each channel, float64 [channels, elements].
+
+    None where they are too many to hold, or outputs are not finite.
+    """
     before = tail.run(feeds)
+    if layer.site.channels * sum(array.size for array in before.values()) > DERIVATIVES:
+        return None
+    if not all(np.isfinite(array).all() for array in before.values()):
+        return None
     sizes = {name: float(np.sqrt(np.mean(np.square(v, dtype=float)))) for name, v in before.items()}
     step = np.float32(STEP * float(np.sqrt(np.mean(np.square(base, dtype=float)))) or STEP)
     found = []

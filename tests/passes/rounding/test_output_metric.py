@@ -13,11 +13,13 @@ from qpass.graph import Graph, array_of
 from qpass.passes import round_weights as module
 from qpass.passes.live_rows import LiveRows
 from qpass.passes.round_weights import round_weights
+from qpass.passes.rounding import output_metric
 from qpass.passes.rounding.gptq import factorize, solve_gptq
 from qpass.passes.rounding.grid import Grid
 from qpass.passes.rounding.layer import find_layers
 from qpass.passes.rounding.output_metric import find_metric, metric_error, solve_together
 from qpass.stream import Stream
+from qpass.submodel import Submodel
 from tests.rounded import numbers_of, quantized_at
 from tests.small_models import feeds_of, from_text, run, weights
 
@@ -152,6 +154,31 @@ def test_one_row_that_is_seen_is_enough_and_many_are_too_much() -> None:
     assert first["w1"] is not None
     assert mean["w0"] is None
     assert mean["w1"] is None
+
+
+def test_derivatives_that_memory_cannot_hold_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for limit, found in ((WIDE * 16 * CLASSES, True), (WIDE * 16 * CLASSES - 1, False)):
+        monkeypatch.setattr(output_metric, "DERIVATIVES", limit)
+        assert (metrics(classifier())["w1"] is not None) is found
+
+
+def test_outputs_that_are_not_finite_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def infinite(model: Submodel, feeds: Any) -> dict[str, Array]:
+        return {name: np.full((16, CLASSES), np.inf, np.float32) for name in model.outputs}
+
+    monkeypatch.setattr(output_metric, "Submodel", type("Infinite", (Submodel,), {"run": infinite}))
+    assert metrics(classifier())["w1"] is None
+
+
+def test_an_input_without_axes_has_no_samples() -> None:
+    graph = classifier()
+    text = f"""{HEAD} g (float scale, float[16,24] x0) => (float[16,{CLASSES}] y) {{
+        x = Mul(x0, scale) u = Gemm(x, w0, b0) a = Relu(u) v = Gemm(a, w1, b1) b = Relu(v)
+        y = Gemm(b, w2, b2) }}"""
+    scaled = from_text(text, **{c.name: array_of(c) for c in graph.constants()})
+    assert metrics(scaled)["w1"] is not None
 
 
 # ---------------------------------------------------------------------------- whole models
