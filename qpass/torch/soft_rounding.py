@@ -4,7 +4,7 @@
 gamma, 0, 1)``, whose ends are reached at finite `V`. The penalty ``1 - |2 h - 1|^beta`` lets `h`
 move freely between the ends while `beta` is high, and draws it to them as `beta` falls.
 
-It starts from integers that a closed form has found (GPTQ), a tenth of the way towards the float
+It starts from integers that a closed form has found (GPTQ), a third of the way towards the float
 weight, and not from the float weight as published: there every rounding is undecided, and the
 20,000 iterations that decide them well are more than a CPU has. With 200 to 800 iterations the
 published start ended at 1.3 to 1.5 times the error that it should have improved.
@@ -24,7 +24,7 @@ Array = NDArray[Any]
 ZETA: Final = 1.1
 GAMMA: Final = -0.1
 BETAS: Final = (20.0, 2.0)
-START: Final = 0.1  # share of the way from the integers to the weight where it begins
+START: Final = 0.3  # share of the way from the integers to the weight where it begins
 WARM_UP: Final = 0.2  # of the iterations, without penalty
 
 

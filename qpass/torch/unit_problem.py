@@ -97,11 +97,12 @@ class Settings:
     """How to search.
 
     iterations
-        Steps of Adam.
+        Steps of Adam, at most.
     rows
         Positions (pixels, tokens) that a step should see of the last layer's output, about.
     drop
-        Chance of an element to be the float graph's.
+        Chance of an element to be the float graph's; None: by how well the unit does on batches
+        that it was not fitted to.
     pressure
         Weight of the penalty when all roundings are undecided; 1 is the error that was there.
     seed, device, threads
@@ -110,7 +111,7 @@ class Settings:
 
     iterations: int
     rows: int = 1536
-    drop: float = 0.5
+    drop: float | None = None
     pressure: float = 2e4
     seed: int = 0
     device: str | None = None
