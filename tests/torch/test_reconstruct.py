@@ -186,6 +186,24 @@ def test_the_seed_decides() -> None:
     assert any((first.integers[name] != other.integers[name]).any() for name in ("w1", "w2"))
 
 
+@pytest.mark.parametrize(("shift", "same"), [(0.0, {"drop": 0.0}), (0.4, {"iterations": 100})])
+def test_inputs_are_mixed_where_the_error_is_larger_on_samples_that_were_held_out(
+    shift: float, same: dict[str, Any]
+) -> None:
+    unit = Unit()
+    for number, batch in enumerate(unit.batches[12:], start=12):
+        unit.batches[number] = replace(
+            batch, quantized={"x": batch.quantized["x"] + np.float32(shift)}
+        )
+    found, wanted = unit.learn(), unit.learn(**{"drop": 0.5, **same})
+    other = unit.learn(drop=0.5 if shift == 0.0 else 0.0)
+    assert (found.before > 1.2) == (shift > 0.0)
+    for name in ("w1", "w2"):
+        np.testing.assert_array_equal(found.integers[name], wanted.integers[name])
+        np.testing.assert_array_equal(found.offsets[name], wanted.offsets[name])
+    assert any((found.integers[name] != other.integers[name]).any() for name in ("w1", "w2"))
+
+
 def test_batches_that_cannot_be_joined_run_one_by_one() -> None:
     unit = Unit()
     joined = unit.learn(drop=0.0)

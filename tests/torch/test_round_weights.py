@@ -137,7 +137,7 @@ def test_units_that_are_learned_change_and_cost_nothing() -> None:
         graph, table, plan = quantized_at(reference, "w2a8")
         numbers = numbers_of(plan, table)
         # With 8 samples the head has twelve rows to fit and four to judge by: a toss with 2 bits.
-        rounding = learned(reference, graph, numbers, method=method, iterations=40, samples=32)
+        rounding = learned(reference, graph, numbers, method=method, iterations=100, samples=32)
         found[method] = graph.fingerprint(), fidelity(reference, graph), rounding
     assert found["unit"][0] != found["adaround"][0]
     assert found["adaround"][1] > found["unit"][1] - 0.5  # dB
