@@ -20,7 +20,7 @@ def row(contestant: str, **values: Any) -> dict[str, Any]:
         "kind": "model", "status": "ok", "model": "m", "engine": "ort", "contestant": contestant,
         "sqnr_db": 20.0, "latency_ratio": 0.5, "size_ratio": 0.26, "quantize_seconds": 1.0,
         "float_pass_seconds": 1.0, "engine_ops": 30, "integer_ops": 20, "float_ops": 1,
-        "weight_only_ops": 0,
+        "weight_only_ops": 0, "peak_rss_bytes": 1e9, "calibration_samples": 64,
     }  # fmt: skip
     return facts | values
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bench_peers import Contestant, parse_contestant
+from bench_peers import EIGHT, Contestant, bits_of, parse_contestant
 
 Row = dict[str, Any]
 Judged = tuple[str, str, str, bool]  # name, wanted, got, met
@@ -43,7 +43,7 @@ class Accuracy:
         options = contestant.options
         return (
             row["model"].startswith(self.model)
-            and options.get("precision", "w8a8") == self.precision
+            and bits_of(contestant) == self.precision
             and rounding_of(contestant) in self.rounding
             and options.get("activations", "static") == "static"
             and options.get("compensate", "cwac") != "none"
@@ -97,7 +97,7 @@ def judge_accuracy(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
         if bar.metric is not None:
             met = metric >= bar.metric
             yield f"metric, {label}", f">= {bar.metric:.1f}", f"{metric:.2f}", met
-        plain = _float_metric(row, rows)
+        plain = float_metric(row, rows)
         if bar.drop is not None and plain is not None:
             drop = plain - metric
             got_text = f"{drop:+.2f} ({metric:.2f} of {plain:.2f})"
@@ -141,7 +141,7 @@ def judge_against_peers(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
     """Yield how far an 8-bit result is above the best peer's file that is about as fast."""
     contestant = parse_contestant(row["contestant"])
     options = contestant.options
-    if options.get("precision", "w8a8") != "w8a8" or options.get("compensate", "cwac") == "none":
+    if bits_of(contestant) != EIGHT or options.get("compensate", "cwac") == "none":
         return
     place = (row["model"], row["engine"])
     peers = {
@@ -149,7 +149,8 @@ def judge_against_peers(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
         for r in rows
         if r["kind"] == "model"
         and (r["model"], r["engine"]) == place
-        and parse_contestant(r["contestant"]).kind in PEER_KINDS
+        and (other := parse_contestant(r["contestant"])).kind in PEER_KINDS
+        and bits_of(other) == EIGHT
         and r.get("latency_ratio", math.inf) <= SAME_LATENCY * row.get("latency_ratio", -math.inf)
     }
     if not peers:
@@ -172,7 +173,8 @@ def _is_plain_twin(other: Row, row: Row, contestant: Contestant) -> bool:
     return (twin.kind, twin.argument, twin.options) == ("qpass", contestant.argument, wanted)
 
 
-def _float_metric(row: Row, rows: Sequence[Row]) -> float | None:
+def float_metric(row: Row, rows: Sequence[Row]) -> float | None:
+    """Return the metric of the float model in the engine of a row, if it was measured."""
     for other in rows:
         same = other["kind"] == "model" and other["model"] == row["model"]
         if same and other["contestant"] == "float" and other["engine"] == row["engine"]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bench_accuracy import judge_accuracy, judge_against_peers, judge_compensation
+from bench_low_bits import judge_low_bits
+from bench_peers import EIGHT, bits_of, parse_contestant
 
 Row = dict[str, Any]
 
@@ -33,6 +35,7 @@ GROWTH: Final = 0.10
 PASSES, SECONDS = 6.0, 5.0
 SCALE_PEAK_BYTES: Final = 1.5e9
 REWRITE_SECONDS: Final = 30.0
+JUDGES: Final = (judge_accuracy, judge_compensation, judge_against_peers, judge_low_bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ def judge_bars(rows: Sequence[Row]) -> list[Bar]:
             head = row["contestant"].split(",")[0]
             if OWN_ENGINE.get(head) == row["engine"]:
                 bars += _model_bars(row, done)
-                for judge in (judge_accuracy, judge_compensation, judge_against_peers):
+                for judge in JUDGES:
                     for name, wanted, got, met in judge(row, done):
                         bars.append(_bar(name, row, wanted, got, met=met))
         elif row["kind"] == "calibration":
@@ -76,7 +79,17 @@ def _bar(name: str, row: Row, wanted: str, got: str, *, met: bool) -> Bar:
 
 
 def _model_bars(row: Row, rows: Iterable[Row]) -> Iterator[Bar]:
-    same = [r for r in rows if r["kind"] == "model" and _place(r) == _place(row)]
+    size = row["size_ratio"]
+    yield _bar("size", row, f"<= {SIZE}", f"{size:.3f}", met=size <= SIZE)
+    if bits_of(parse_contestant(row["contestant"])) != EIGHT:
+        return  # what follows is asked of 8 bits, which engines run in integers
+    same = [
+        other
+        for other in rows
+        if other["kind"] == "model"
+        and _place(other) == _place(row)
+        and bits_of(parse_contestant(other["contestant"])) == EIGHT
+    ]
     sqnr = {r["contestant"]: r["sqnr_db"] for r in same if r["contestant"] in SQNR_PEERS}
     if sqnr:
         best = max(sqnr, key=lambda name: sqnr[name])
@@ -103,8 +116,6 @@ def _model_bars(row: Row, rows: Iterable[Row]) -> Iterator[Bar]:
             f"{row['sqnr_db']:.2f} dB at {ratio:.3f}",
             met=row["sqnr_db"] >= HARD_SQNR_DB and ratio <= HARD_LATENCY,
         )
-    size = row["size_ratio"]
-    yield _bar("size", row, f"<= {SIZE}", f"{size:.3f}", met=size <= SIZE)
     most = PASSES * row["float_pass_seconds"] + SECONDS
     seconds = row["quantize_seconds"]
     yield _bar("time to optimize", row, f"<= {most:.1f} s", f"{seconds:.1f} s", met=seconds <= most)

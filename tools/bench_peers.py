@@ -41,6 +41,7 @@ QPASS_BATCH: Final = 4  # its default
 HELD_SHARE: Final = 0.25  # of the calibration samples that qpass holds out, its default
 ADAROUND_ITERATIONS: Final = 1000  # a layer, the default of quark.onnx
 SCALE_MARGIN: Final = 1e-5  # keeps the largest weight below its code, so that no code is added
+EIGHT: Final = "w8a8"
 ORT_BLOCKS: Final = ("nbits", "rtn", "gptq", "hqq", "kquant")  # weights of 4 bits in blocks
 DEFAULT_CONTESTANTS: Final = (
     "float",
@@ -102,6 +103,15 @@ def parse_contestant(text: str) -> Contestant:
             raise ValueError(f"contestant {text!r}: option {pair!r} is not of the form KEY=VALUE")
         options[key] = _value(value)
     return Contestant(text=text, kind=kind, argument=argument, options=options)
+
+
+def bits_of(contestant: Contestant) -> str:
+    """Return the precision of a contestant in qpass' notation; a float model counts as 8 bits."""
+    if contestant.kind == "qpass":
+        return str(contestant.options.get("precision", EIGHT))
+    if contestant.argument in (*ORT_BLOCKS, "int4"):
+        return "w4"
+    return f"w{contestant.options.get('bits', 8)}a8"
 
 
 def _value(text: str) -> Any:
