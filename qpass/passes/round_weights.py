@@ -168,7 +168,7 @@ def round_weights(
     holdout: float = 0.25,
     threads: int | None = None,
     seed: int = 0,
-    iterations: int = 600,
+    iterations: int = 1200,
     coarse: Collection[str] = (),
     free_steps: Collection[str] = (),
     rescale: bool = True,
@@ -263,6 +263,7 @@ def round_weights(
                     inside,
                     first_held=walk.first_judge,
                     settings=settings,
+                    rescaled=[layer.name for layer in inside if _rescales(layer, walk)],
                     free_steps=free_steps,
                 )
                 walk.rounded |= {layer.name: layer for layer in learned.layers}

@@ -1,10 +1,11 @@
 """Choose the roundings of all layers of a unit together, by gradients of the unit's output error.
 
 What it does
-    The unit runs in torch as the quantized graph has it, with soft weights (`SoftRounding`), an
-    offset for each output channel that can take one, and steps of activation quantizers that follow
-    the gradient (LSQ). Adam lowers the squared error at the unit's output on the calibration
-    batches; a penalty then draws the weights to integers. Inputs are those of the quantized graph.
+    The unit runs in torch as the quantized graph has it, with soft weights (`SoftRounding`), a
+    scale and an offset for each output channel that can take them, and steps of activation
+    quantizers that follow the gradient (LSQ). Adam lowers the squared error at the unit's output on
+    the calibration batches; a penalty then draws the weights to integers. Inputs are those of the
+    quantized graph.
 Few samples
     A unit whose integers, as they come from closed forms, have a larger error on held-out batches
     than on those to fit has learned those by heart, and would go on with it. Its inputs are mixed
@@ -54,6 +55,8 @@ BY_HEART: Final = 1.2  # error on held-out batches, in units of that on those to
 DROP: Final = 0.5  # as published
 DISAGREEMENT: Final = 0.01  # between torch and the engine, as a share of the error of rounding
 OFFSET_RATE: Final = 1e-3  # in units of an output channel's root mean square
+SCALE_RATE: Final = 1e-3  # of the logarithm of a channel's scale
+SCALE_TRAVEL: Final = 0.4  # in all: int32 biases have room for a factor of two
 STEP_TRAVEL: Final = 1.0  # how far the logarithm of a step can go in all iterations
 STEP_RATE: Final = 0.01  # but not faster than this: a step matters to all of a tensor at once
 
@@ -81,6 +84,7 @@ def reconstruct(
         return Reconstruction(
             integers={soft.layer.name: soft.rounding.integers() for soft in unit.layers},
             offsets={soft.layer.name: soft.offset() for soft in unit.layers},
+            shares={s.layer.name: s.share() for s in unit.layers if s.layer.rescale},
             steps={soft.step.name: soft.rounded() for soft in unit.steps},
             before=before,
             after=unit.error(held, unit.rounded_weights),
@@ -90,13 +94,13 @@ def reconstruct(
 def _careful(settings: Settings, gap: float) -> Settings:
     """Return what to do with a unit that has a `gap` between held-out batches and those to fit.
 
-    Where samples are too few half as long is enough: such units are the widest ones, too.
+    Where samples are too few a quarter of the steps is enough; such units are the widest ones, too.
     """
     if settings.drop is not None:
         return settings
     if gap < BY_HEART:
         return replace(settings, drop=0.0)
-    return replace(settings, drop=DROP, iterations=-(-settings.iterations // 2))
+    return replace(settings, drop=DROP, iterations=-(-settings.iterations // 4))
 
 
 class _SoftLayer:
@@ -115,8 +119,25 @@ class _SoftLayer:
         self.old = executor.tensor((layer.integers - layer.zero_point) * layer.scale)
         self.shift = torch.zeros(layer.channels, device=executor.device)
         self.unit = torch.ones_like(self.shift)  # what a shift of 1 adds
+        self.growth = torch.zeros(layer.scale.shape, device=executor.device)  # of scales, as e^x
         if layer.offset:
             self.shift.requires_grad_()
+        if layer.rescale:
+            self.growth.requires_grad_()
+
+    def weight(self, up: torch.Tensor) -> torch.Tensor:
+        """Return the soft weight for some `up`, with the scales as they are now."""
+        weight = self.rounding.weight(up)
+        return weight * self.growth.exp() if self.layer.rescale else weight
+
+    def rounded(self) -> torch.Tensor:
+        """Return the weight that the learned integers and scales stand for."""
+        return self.rounding.rounded() * self.growth.detach().exp()
+
+    def share(self) -> Array:
+        """Return by what the scales are multiplied, float64."""
+        share: Array = self.growth.detach().exp().cpu().numpy().astype(np.float64)
+        return share
 
     def offset(self) -> Array:
         """Return what the bias gets, float64 [channels]."""
@@ -161,7 +182,7 @@ class _SoftUnit:
     @property
     def rounded_weights(self) -> dict[str, torch.Tensor]:
         """The weights that the learned integers stand for, and the learned steps."""
-        weights = {soft.layer.weight: soft.rounding.rounded() for soft in self.layers}
+        weights = {soft.layer.weight: soft.rounded() for soft in self.layers}
         return {**weights, **{name: step.detach() for name, step in self._steps().items()}}
 
     def _steps(self) -> dict[str, torch.Tensor]:
@@ -272,6 +293,10 @@ class _SoftUnit:
                     "lr": OFFSET_RATE,
                 },
                 {
+                    "params": [s.growth for s in self.layers if s.layer.rescale],
+                    "lr": min(SCALE_TRAVEL / settings.iterations, SCALE_RATE),
+                },
+                {
                     "params": [soft.growth for soft in self.steps],
                     "lr": min(STEP_TRAVEL / settings.iterations, STEP_RATE),
                 },
@@ -285,7 +310,7 @@ class _SoftUnit:
             for batch in picked:
                 ups = [soft.rounding.up() for soft in self.layers]
                 given = {
-                    soft.layer.weight: soft.rounding.weight(up)
+                    soft.layer.weight: soft.weight(up)
                     for soft, up in zip(self.layers, ups, strict=True)
                 } | self._steps()
                 loss = self._loss(batch, given, drop=settings.drop or 0.0)

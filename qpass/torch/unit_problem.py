@@ -31,6 +31,8 @@ class SoftLayer:
         Of its output, and how an offset lies along it.
     offset
         Whether it can take an offset.
+    rescale
+        Whether scales can change: there is one for each output channel, or one for all.
     bias
         The constant that an offset can be added to, if there is one.
     """
@@ -46,6 +48,7 @@ class SoftLayer:
     axis: int
     channels: int
     offset: bool
+    rescale: bool
     bias: str | None
 
 
@@ -122,12 +125,14 @@ class Settings:
 class Reconstruction:
     """The outcome: integers and offsets by layer, steps by name, and errors on held-out batches.
 
-    `before` and `after` are mean squared errors of the targets with the old and the new integers,
-    each in units of what the old ones gave on the batches to fit.
+    The scales of a layer are to be multiplied by its `shares`, float64 of their shape. `before` and
+    `after` are mean squared errors of the targets with the old and the new integers, each in units
+    of what the old ones gave on the batches to fit.
     """
 
     integers: Mapping[str, Array]
     offsets: Mapping[str, Array]
+    shares: Mapping[str, Array]
     steps: Mapping[str, float]
     before: float
     after: float

@@ -71,9 +71,10 @@ def test_steps_of_activations_are_learned(model: Callable[[], Graph]) -> None:
     made = [quantized_at(reference, "w4a4") for _ in range(3)]
     numbers, (_, table, plan) = numbers_of(made[0][2], made[0][1]), made[0]
     free = [d.key for d in plan.activations() if d.spec.bits == 4]
-    learned(reference, made[0][0], numbers, samples=8, iterations=100)
-    options = {"samples": 8, "iterations": 100, "free_steps": free}
-    rounding = learned(reference, made[1][0], numbers, **options)
+    # With 48 samples the CNN scatters by 0.5 dB between seeds; what steps give is more than that.
+    options = {"samples": 48, "iterations": 200, "seed": 6}
+    learned(reference, made[0][0], numbers, **options)
+    rounding = learned(reference, made[1][0], numbers, free_steps=free, **options)
     assert rounding.steps.keys() == set(free)
     assert fidelity(reference, made[1][0]) > fidelity(reference, made[0][0])
     nodes = {node.name: node for node in made[1][0].nodes}
@@ -137,7 +138,7 @@ def test_units_that_are_learned_change_and_cost_nothing() -> None:
         graph, table, plan = quantized_at(reference, "w2a8")
         numbers = numbers_of(plan, table)
         # With 8 samples the head has twelve rows to fit and four to judge by: a toss with 2 bits.
-        rounding = learned(reference, graph, numbers, method=method, iterations=100, samples=32)
+        rounding = learned(reference, graph, numbers, method=method, iterations=200, samples=32)
         found[method] = graph.fingerprint(), fidelity(reference, graph), rounding
     assert found["unit"][0] != found["adaround"][0]
     assert found["adaround"][1] > found["unit"][1] - 0.5  # dB

@@ -72,6 +72,7 @@ def reconstruct_unit(
     *,
     first_held: int,
     settings: Mapping[str, Any],
+    rescaled: Collection[str] = (),
     free_steps: Collection[str] = (),
 ) -> Learned:
     """Learn the roundings of a unit that has been rounded in closed form.
@@ -82,6 +83,7 @@ def reconstruct_unit(
         layers: its linear ops in execution order.
         first_held: number of the first batch that is held out.
         settings: of `qpass.torch.reconstruct.Settings`.
+        rescaled: names of layers whose scales may change.
         free_steps: keys of activations whose step may change.
     """
     from qpass.torch import reconstruct as gradient
@@ -116,7 +118,7 @@ def reconstruct_unit(
     ]
     problem = gradient.UnitProblem(
         nodes=nodes,
-        layers=[_soft_layer(layer, gradient) for layer in soft],
+        layers=[_soft_layer(layer, gradient, rescale=layer.name in rescaled) for layer in soft],
         steps=steps,
         targets=[end.quantized for end in ends],
         seen=seen,
@@ -137,6 +139,8 @@ def reconstruct_unit(
         return Learned(refused=(*refused, *((layer.name, reason) for layer in soft)))
     for layer in soft:
         layer.write(stream.quantized, layer.layout.matrix(found.integers[layer.name]))
+        if layer.name in found.shares:
+            layer.rescale(stream.quantized, found.shares[layer.name])
         if layer.site.offset:
             layer.write_offset(stream.quantized, found.offsets[layer.name])
     write_steps(stream.quantized, found.steps)
@@ -263,7 +267,7 @@ def _sums(ends: Sequence[_End], tensors: Sequence[Array]) -> tuple[Array, ...]:
     return tuple(reduce(np.add, part) for part in parts)
 
 
-def _soft_layer(layer: Layer, gradient: ModuleType) -> SoftLayer:
+def _soft_layer(layer: Layer, gradient: ModuleType, *, rescale: bool) -> SoftLayer:
     shape = layer.layout.shape
     scale, zero_point = (
         expand(values.astype(np.float64), layer.numbers, shape)
@@ -283,6 +287,7 @@ def _soft_layer(layer: Layer, gradient: ModuleType) -> SoftLayer:
         axis=site.axis,
         channels=site.channels,
         offset=site.offset,
+        rescale=rescale,
         bias=None if site.bias_slot is None else site.bias_slot.constant.name,
     )
     return soft
