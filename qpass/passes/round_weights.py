@@ -10,7 +10,7 @@ What it does
     ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
     minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
     ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients, and
-    the steps of activations with few levels along with them.
+    scales of channels and steps of activations with few levels along with them.
     Where a sample has one row that the outputs see, all but adaround round channels together, by
     what the outputs see of them (`output_metric`).
 Why it never makes things worse
@@ -189,7 +189,7 @@ def round_weights(
         holdout: share of the batches that judge; at least one.
         threads: threads of each session.
         seed: of the choice of rows, and of what adaround mixes.
-        iterations: of adaround, for each unit.
+        iterations: of adaround, for each unit; a quarter of them where samples are too few.
         coarse: names of linear ops whose input has few levels (below 7 bits).
         free_steps: keys of activations whose step adaround may learn.
         rescale: scales of weights below 7 bits follow from the rounding (see `scales`).
