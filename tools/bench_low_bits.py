@@ -12,7 +12,7 @@ from typing import Any, Final
 from bench_accuracy import GRADIENT, PEER_KINDS, Judged, Row, float_metric, rounding_of
 from bench_peers import EIGHT, Contestant, bits_of, parse_contestant
 
-NOT_FOR_BITS: Final = ("round", "jobs", "seed")  # two contestants may differ in these
+TWINS_DIFFER: Final = ("round", "jobs", "seed")
 PEAK_BYTES: Final = 3e9
 TIMED_MODEL: Final = "resnet18"
 SECONDS, GRADIENT_SECONDS = 180.0, 1200.0
@@ -26,8 +26,8 @@ def judge_low_bits(row: Row, rows: Sequence[Row]) -> Iterator[Judged]:
     bits = bits_of(contestant)
     if bits == EIGHT or contestant.options.get("compensate", "cwac") == "none":
         return
-    gigabytes = row["peak_rss_bytes"] / 1e9
-    yield f"memory, {bits}", f"< {PEAK_BYTES / 1e9} GB", f"{gigabytes:.2f} GB", gigabytes < 3.0
+    peak = row["peak_rss_bytes"]
+    yield f"memory, {bits}", f"< {PEAK_BYTES / 1e9} GB", f"{peak / 1e9:.2f} GB", peak < PEAK_BYTES
     if row["model"].startswith(TIMED_MODEL):
         most = GRADIENT_SECONDS if rounding_of(contestant) == GRADIENT else SECONDS
         seconds = row["quantize_seconds"]
@@ -62,7 +62,7 @@ def _against_nearest(row: Row, rows: Sequence[Row], contestant: Contestant) -> I
 
 def _differs_in_rounding(other: Contestant, contestant: Contestant) -> bool:
     def rest(one: Contestant) -> dict[str, Any]:
-        return {key: value for key, value in one.options.items() if key not in NOT_FOR_BITS}
+        return {key: value for key, value in one.options.items() if key not in TWINS_DIFFER}
 
     return (
         (other.kind, other.argument) == ("qpass", contestant.argument)

@@ -32,7 +32,7 @@ class SoftLayer:
     offset
         Whether it can take an offset.
     rescale
-        Whether scales can change: there is one for each output channel, or one for all.
+        Whether scales can change: there is one for each output channel.
     bias
         The constant that an offset can be added to, if there is one.
     """

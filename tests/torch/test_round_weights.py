@@ -18,6 +18,7 @@ from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
 from qpass.passes.insert_qdq import quantizer_name
 from qpass.passes.round_weights import Rounding, replay, round_weights
+from qpass.passes.rounding.scales import SHARES
 from qpass.torch.executor import Executor
 from qpass.torch.executor_ops import OPS
 from qpass.verify.metrics import sqnr_db
@@ -142,6 +143,27 @@ def test_units_that_are_learned_change_and_cost_nothing() -> None:
         found[method] = graph.fingerprint(), fidelity(reference, graph), rounding
     assert found["unit"][0] != found["adaround"][0]
     assert found["adaround"][1] > found["unit"][1] - 0.5  # dB
+
+
+@pytest.mark.parametrize(
+    ("method", "rescale"), [("unit", True), ("adaround", True), ("adaround", False)]
+)
+def test_scales_of_channels_are_learned_where_scales_may_change(method: str, rescale: bool) -> None:
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w3a8")
+    numbers = numbers_of(plan, table)
+    rounding = learned(
+        reference, graph, numbers, method=method, samples=32, iterations=20, rescale=rescale
+    )
+    scales = {name: layer.scale for name, layer in rounding.layers.items()}
+    if not rescale:
+        assert all(scale is None for scale in scales.values())
+        return
+    searched = np.log([1.0, *SHARES])
+    ratios = [np.log(s / numbers[name].scale) for name, s in scales.items() if s is not None]
+    apart = [np.abs(ratio[:, None] - searched).min(axis=1).max() for ratio in ratios]
+    assert max(apart) <= 0.02 + 1e-6  # 20 steps of 1e-3, and float32
+    assert (max(apart) > 1e-3) == (method == "adaround")
 
 
 @pytest.mark.parametrize(("judged", "first"), [(False, 24), (True, 28)])
