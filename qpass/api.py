@@ -20,7 +20,7 @@ from qpass.evidence import aim_notes, held_out_samples, open_data, take_batches,
 from qpass.evidence import calibrate as calibrate_run
 from qpass.files import check_folder, write_text
 from qpass.graph import Graph
-from qpass.migration import migrate_scales
+from qpass.migration import migrate_scales, scale_for_weights
 from qpass.mixed import SIMULATED, search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
 from qpass.options import ROUND_WITH_DATA, Options
@@ -130,6 +130,8 @@ def optimize(
             held, note = held_out_samples(calibration, holdout)
         run.notes += [note] if note else []
         make_norms_static(run, calibration)
+        if _fits(run, source):
+            scale_for_weights(run, calibration)
         if run.policy.precision.activation is not None:
             calibrate_run(run, calibration, progress)
             if _fits(run, source):

@@ -44,7 +44,7 @@ from qpass.passes.equalize.sites import find_sites
 from qpass.passes.model_gate import Verdict, judge
 from qpass.report.model import PassReport, Refusal
 
-__all__ = ["Equalization", "Job", "equalize"]
+__all__ = ["Equalization", "Job", "equalize", "scaled_ops"]
 
 RULE: Final = "migrate scales"
 RULE_BUY: Final = "buy an op"
@@ -326,13 +326,14 @@ def _decide(
         notes=(f"{note}: {verdict.sentence}",),
         muls=tuple(m.purchase(gains[m.number]) for m in bought),
         key=digest.hexdigest(),
-        scaled=_linear_ops(migrated, tensors),
+        scaled=scaled_ops(migrated, tensors),
         stats=trials.stats_of(chosen),
         ranges={place.divided: RANGE for place in rows},
     )
 
 
-def _linear_ops(graph: Graph, tensors: frozenset[str]) -> tuple[str, ...]:
+def scaled_ops(graph: Graph, tensors: frozenset[str]) -> tuple[str, ...]:
+    """Return the names of the linear ops that write one of `tensors`."""
     return tuple(
         node.name
         for node in graph.nodes

@@ -17,7 +17,6 @@ import numpy as np
 from qpass.calibrate import Samples, TapRequest, TensorStats, collect
 from qpass.calibrate.ranges import RangeChoice
 from qpass.choose import WIDE_BITS, RangeCache, choose_qtable
-from qpass.exact_session import open_exact
 from qpass.graph import Graph
 from qpass.options import WeightRange
 from qpass.output_ranges import METHOD as OUTPUT
@@ -28,6 +27,7 @@ from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.qparams import TensorSpec
 from qpass.quantize import build_quantized
+from qpass.same_function import EXACT_SAMPLES, outputs_of, same_outputs
 from qpass.submodel import Feeds
 from qpass.targets.schema import Target
 
@@ -43,7 +43,6 @@ MOST: Final = 8  # purchases that are tried in the whole model
 FEW_SITE_DB: Final = 3.0
 FEW_MODEL_DB: Final = 0.2
 FEW_MOST: Final = 16
-EXACT_SAMPLES: Final = 4  # show whether the float function is what it was
 
 Stats = Mapping[str, TensorStats]
 OutputRanges = dict[tuple[str, TensorSpec], RangeChoice]
@@ -140,12 +139,8 @@ class Job:
 
     def run(self, graph: Graph, held: Sequence[Feeds] | None = None) -> list[dict[str, Any]]:
         """Return the outputs of a graph on the held samples."""
-        session = open_exact(graph.to_model(inline=True), self.target, threads=self.threads)
-        names = [value.name for value in session.get_outputs()]
-        return [
-            dict(zip(names, session.run(names, dict(feeds)), strict=True))
-            for feeds in (self.held if held is None else held)
-        ]
+        samples = self.held if held is None else held
+        return outputs_of(graph, samples, self.target, threads=self.threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,12 +288,7 @@ class Trials:
 
     def is_exact(self, graph: Graph) -> bool:
         """True when the float graph computes what it did, but for rounding."""
-        got = self.job.run(graph, self.job.held[:EXACT_SAMPLES])
-        return all(
-            np.isfinite(two[name]).all() and _close(array, two[name])
-            for one, two in zip(self.wanted, got, strict=False)
-            for name, array in one.items()
-        )
+        return same_outputs(self.wanted, self.job.run(graph, self.job.held[:EXACT_SAMPLES]))
 
 
 def _by_name(taps: Any) -> dict[str, TapRequest]:
@@ -312,15 +302,3 @@ def _same(tap: TapRequest, other: TapRequest | None) -> bool:
     if tap.importance is None or other.importance is None:
         return tap.importance is other.importance
     return np.array_equal(tap.importance, other.importance)
-
-
-# Some hundred float32 roundings in a row differ by about 1e-5 of the largest output.
-EXACT: Final = 1e-4
-
-
-def _close(wanted: Any, got: Any) -> bool:
-    left, right = np.asarray(wanted), np.asarray(got)
-    if left.dtype.kind != "f":
-        return bool((left == right).mean() > 1 - EXACT) if left.size else True
-    size = float(np.abs(left).max(initial=0.0))
-    return float(np.abs(left - right).max(initial=0.0)) <= EXACT * max(size, 1e-30)
