@@ -1,10 +1,10 @@
 """Choose on held-out rows how a layer is rounded; then round it that way with more rows.
 
 What it does
-    A few ridges (of the refit), dampings and the sweeps compete: each is solved on the rows to fit
-    to and judged on those that are held out. The way that has won is then solved again with
-    held-out rows in its sums: they have told what they had to. Whichever integers are better on all
-    of these rows stay.
+    A few ridges (of the refit), dampings, shares of a simpler Hessian (`prior`) and the sweeps
+    compete: each is solved on the rows to fit to and judged on those that are held out. The way
+    that has won is then solved again with held-out rows in its sums: they have told what they had
+    to. Whichever integers are better on all of these rows stay.
 What the second solution is worth
     A hundred samples are few, however many rows each has. It is not judged by itself; that is left
     to batches that no sum has seen.
@@ -24,6 +24,7 @@ from qpass.passes.rounding.gptq import SWEEPS, Factor, damped, factorize, solve_
 from qpass.passes.rounding.grid import Grid
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.output_metric import metric_error, solve_together
+from qpass.passes.rounding.prior import DAMPING, SHARES, has_product, toward_product
 from qpass.passes.rounding.refit import HeldRows, choose_refit, solve_refit
 from qpass.passes.rounding.scales import solve_shares
 
@@ -87,8 +88,8 @@ class Rounded:
         By how much scales changed, float64 [groups, 1, outputs]; None: they did not.
     grid
         With the new scales.
-    ridge, damping, sweeps
-        The way; `ridge` None: no refit.
+    ridge, damping, product, sweeps
+        The way; `ridge` None: no refit. `product` is the share of `toward_product`.
     """
 
     wanted: Array
@@ -97,6 +98,7 @@ class Rounded:
     grid: Grid
     ridge: float | None
     damping: float
+    product: float
     sweeps: int
 
 
@@ -117,11 +119,12 @@ def choose_way(
     """
     plain = float(held.error(grid.values(grid.nearest(weight)), sums).sum())
     wanted, ridge = choose_refit(weight, sums, held) if solver.refits else (weight, None)
-    effort, enough = solver.effort, min(ENOUGH_ROWS, solver.effort.rows) * sums.layout.inputs
+    effort = solver.effort
+    few = sums.count < min(ENOUGH_ROWS, effort.rows) * sums.layout.inputs
     best, error, reason = None, plain, ""
     shares: Array | None = None
-    for damping in DAMPINGS:
-        factor = factorize(sums.xx, damping=damping)
+    for product, damping in _ways(sums, few=few):
+        factor = factorize(_hessian(sums, product), damping=damping)
         if isinstance(factor, str):
             reason = factor
             break
@@ -141,13 +144,14 @@ def choose_way(
                 grid=grid,
                 ridge=ridge,
                 damping=factor.damping,
+                product=product,
                 sweeps=0,
             )
         elif best is not None:
             break
         else:
             reason = f"squared error {found:.3g} on held-out rows, {plain:.3g} with those"
-        if best is not None and sums.count >= enough:
+        if best is not None and not few:
             break
     if best is None:
         return reason
@@ -161,7 +165,7 @@ def choose_way(
 
 def solve_again(weight: Array, found: Rounded, sums: InputSums, solver: Solver) -> Rounded:
     """Return the weight rounded in the way of `found`, with its scales and other sums."""
-    factor = factorize(sums.xx, damping=found.damping)
+    factor = factorize(_hessian(sums, found.product), damping=found.damping)
     if isinstance(factor, str):
         return found
     wanted = weight if found.ridge is None else solve_refit(weight, sums, found.ridge)
@@ -179,7 +183,7 @@ def solve_for_outputs(found: Rounded, sums: InputSums, metric: Array) -> Rounded
 
     The integers that are there stay where they cost no more.
     """
-    factor = factorize(sums.xx, damping=found.damping)
+    factor = factorize(_hessian(sums, found.product), damping=found.damping)
     if isinstance(factor, str):
         return found
     integers = solve_together(found.wanted, factor, found.grid, metric)
@@ -190,12 +194,25 @@ def solve_for_outputs(found: Rounded, sums: InputSums, metric: Array) -> Rounded
     return replace(found, integers=integers) if new < old else found
 
 
+def _ways(sums: InputSums, *, few: bool) -> list[tuple[float, float]]:
+    """Return shares of the product and dampings, from much trust in the rows to little."""
+    if few and has_product(sums.layout):
+        return [*((0.0, damping) for damping in DAMPINGS[:-1]), *((s, DAMPING) for s in SHARES)]
+    return [(0.0, damping) for damping in DAMPINGS]
+
+
+def _hessian(sums: InputSums, product: float) -> Array:
+    if not product:
+        return sums.xx
+    return toward_product(sums.xx, sums.layout.columns_per_channel, product)
+
+
 def _without_sweeps(weight: Array, factor: Factor, grid: Grid) -> Array:
     return solve_gptq(weight, factor, grid, sweeps=0)
 
 
 def _swept(found: Rounded, sums: InputSums, sweeps: int) -> Array:
     integers = found.integers.copy()
-    full = damped(sums.xx, found.damping)
+    full = damped(_hessian(sums, found.product), found.damping)
     descend(found.wanted, full, integers, found.grid, sweeps=sweeps)
     return integers
