@@ -123,36 +123,37 @@ def choose_way(
     few = sums.count < min(ENOUGH_ROWS, effort.rows) * sums.layout.inputs
     best, error, reason = None, plain, ""
     shares: Array | None = None
-    for product, damping in _ways(sums, few=few):
-        factor = factorize(_hessian(sums, product), damping=damping)
-        if isinstance(factor, str):
-            reason = factor
-            break
-        if shares is None and solver.rescales:
-            shares = solve_shares(wanted, factor, grid)
-            scale = (grid.scale * shares).astype(np.float32)  # as it will be stored
-            grid = replace(grid, scale=scale.astype(np.float64))
-        solve = solve_erq if solver.halves else _without_sweeps
-        integers = solve(wanted, factor, grid)
-        found = float(held.error(grid.values(integers), sums).sum())
-        if found < error:
-            error = found
-            best = Rounded(
-                wanted=wanted,
-                integers=integers,
-                shares=None if shares is None or (shares == 1.0).all() else shares,
-                grid=grid,
-                ridge=ridge,
-                damping=factor.damping,
-                product=product,
-                sweeps=0,
-            )
-        elif best is not None:
-            break
-        else:
-            reason = f"squared error {found:.3g} on held-out rows, {plain:.3g} with those"
-        if best is not None and not few:
-            break
+    for family in _families(sums, few=few):
+        for product, damping in family:
+            factor = factorize(_hessian(sums, product), damping=damping)
+            if isinstance(factor, str):
+                reason = factor
+                break
+            if shares is None and solver.rescales:
+                shares = solve_shares(wanted, factor, grid)
+                scale = (grid.scale * shares).astype(np.float32)  # as it will be stored
+                grid = replace(grid, scale=scale.astype(np.float64))
+            solve = solve_erq if solver.halves else _without_sweeps
+            integers = solve(wanted, factor, grid)
+            found = float(held.error(grid.values(integers), sums).sum())
+            if found < error:
+                error = found
+                best = Rounded(
+                    wanted=wanted,
+                    integers=integers,
+                    shares=None if shares is None or (shares == 1.0).all() else shares,
+                    grid=grid,
+                    ridge=ridge,
+                    damping=factor.damping,
+                    product=product,
+                    sweeps=0,
+                )
+            elif best is not None:
+                break
+            else:
+                reason = f"squared error {found:.3g} on held-out rows, {plain:.3g} with those"
+            if best is not None and not few:
+                break
     if best is None:
         return reason
     if effort.sweeps and not solver.halves:  # those have sweeps of their own
@@ -194,11 +195,12 @@ def solve_for_outputs(found: Rounded, sums: InputSums, metric: Array) -> Rounded
     return replace(found, integers=integers) if new < old else found
 
 
-def _ways(sums: InputSums, *, few: bool) -> list[tuple[float, float]]:
-    """Return shares of the product and dampings, from much trust in the rows to little."""
+def _families(sums: InputSums, *, few: bool) -> list[list[tuple[float, float]]]:
+    """Return lists of shares of the product and dampings; each is tried until it gets worse."""
     if few and has_product(sums.layout):
-        return [*((0.0, damping) for damping in DAMPINGS[:-1]), *((s, DAMPING) for s in SHARES)]
-    return [(0.0, damping) for damping in DAMPINGS]
+        plain = [(0.0, damping) for damping in DAMPINGS[:-1]]
+        return [plain, [(share, DAMPING) for share in SHARES]]
+    return [[(0.0, damping) for damping in DAMPINGS]]
 
 
 def _hessian(sums: InputSums, product: float) -> Array:

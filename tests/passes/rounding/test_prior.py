@@ -17,7 +17,8 @@ from qpass.passes.rounding.refit import HeldRows
 from qpass.passes.rounding.way import FULL, Rounded, Solver, choose_way, solve_again
 
 Array = NDArray[Any]
-CHANNELS, TAPS, OUTPUTS = 24, 9, 16
+CHANNELS, TAPS, OUTPUTS = 16, 9, 12
+INPUTS = CHANNELS * TAPS
 SOLVER = Solver(effort=FULL, halves=False, refits=False, rescales=False)
 
 
@@ -121,10 +122,10 @@ class Images:
 def test_with_few_rows_it_comes_closer_on_others(again: bool, monkeypatch) -> None:
     """One row for each input; the judges are rows that neither fitted nor chose."""
     gains = []
-    for seed in range(6):
+    for seed in range(4):
         images = Images(seed)
-        sums, held, judges = images.sums(216), images.held(200), images.held(4000)
-        more = images.sums(72)
+        sums, held, judges = images.sums(INPUTS), images.held(200), images.held(4000)
+        more = images.sums(INPUTS // 3)
         errors = []
         for shares in ((), (0.4, 0.8)):
             monkeypatch.setattr("qpass.passes.rounding.way.SHARES", shares)
@@ -150,7 +151,9 @@ def images_merged(first: InputSums, second: InputSums) -> InputSums:
 def test_with_enough_rows_it_is_not_asked(monkeypatch) -> None:
     images = Images(0)
     monkeypatch.setattr("qpass.passes.rounding.way.toward_product", _never)
-    found = choose_way(images.weight, images.grid, images.sums(8 * 216), images.held(200), SOLVER)
+    found = choose_way(
+        images.weight, images.grid, images.sums(8 * INPUTS), images.held(200), SOLVER
+    )
     assert isinstance(found, Rounded)
     assert found.product == 0.0
 
@@ -162,6 +165,6 @@ def _never(*_: Any) -> Array:
 def test_the_halves_of_erq_have_it_too() -> None:
     images = Images(3)
     solver = replace(SOLVER, halves=True)
-    found = choose_way(images.weight, images.grid, images.sums(216), images.held(200), solver)
+    found = choose_way(images.weight, images.grid, images.sums(INPUTS), images.held(200), solver)
     assert isinstance(found, Rounded)
     assert found.product > 0.0
