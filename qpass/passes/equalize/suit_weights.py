@@ -88,7 +88,7 @@ def _obstacle(site: Site, specs: Specs) -> str:
     if site.products:
         return f"{site.products[0].node.name} multiplies two activations"
     if site.bounds:
-        return f"{site.bounds[0].tensor} is clipped"
+        return f"{site.bounds[0].tensor} is clipped, which bounds its scales"
     for slot in site.slots:
         spec = specs.weights.get(slot.node.name) if slot.index == 1 else None
         if spec is not None and spec.granularity == "per_tensor":
@@ -103,12 +103,21 @@ def _obstacle(site: Site, specs: Specs) -> str:
     return ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suited:
+    """A site with new scales, and by how much less rounding should lose there, in dB."""
+
+    site: Site
+    scales: Scales
+    gain_db: float
+
+
 def suit_weights(
     graph: Graph,
     sites: Sequence[Site],
     specs: Specs,
     halves: tuple[Mapping[str, TensorStats], Mapping[str, TensorStats]],
-) -> tuple[list[tuple[Site, Scales]], list[Refusal]]:
+) -> tuple[list[Suited], list[Refusal]]:
     """Scale the channels of `graph` at `sites` where it surely helps.
 
     Args:
@@ -136,7 +145,7 @@ def suit_weights(
             scales = Scales(method=NAME, scale=scale, shift=np.zeros_like(scale))
             reason = apply_scales(graph, site, scales)
             if not reason:
-                done.append((site, scales))
+                done.append(Suited(site=site, scales=scales, gain_db=gain))
         if reason:
             refusals.append(Refusal(rule=NAME, where=site.tensor, reason=reason))
     return done, refusals

@@ -110,7 +110,7 @@ def batch() -> dict[str, Array]:
 def test_the_float_function_stays() -> None:
     graph = network()
     draft, _, done, _, _ = suited(graph, low_bit_edges=True)
-    assert {site.kind for site, _ in done} == {"stream", "linear"}
+    assert {one.site.kind for one in done} == {"stream", "linear"}
     assert draft.fingerprint() != graph.fingerprint()
     wanted = reference(graph.to_model(), batch())
     # Sums of up to 216 products of numbers that were rounded once more.
@@ -123,7 +123,7 @@ def test_rounding_really_loses_less(bits: int) -> None:
     """Predicted on the samples that chose them; measured by rounding on others."""
     graph = network()
     draft, _, done, _, _ = suited(graph, f"w{bits}a8", low_bit_edges=True)
-    names = [reader.linear.node.name for site, _ in done for reader in site.readers]
+    names = [reader.linear.node.name for one in done for reader in one.site.readers]
     assert {"node_b", "node_c", "node_z"} <= set(names)
     gains = [
         10 * np.log10(error_of(graph, name, bits) / error_of(draft, name, bits)) for name in names
@@ -238,6 +238,7 @@ def test_the_model_comes_closer_and_the_file_says_what_was_scaled(saved, tmp_pat
     )
     assert passes_of(on)[NAME].changed == 2
     assert NAME not in passes_of(off)
+    assert any("suit the weights behind at 2 of 2 sites" in note for note in on.notes)
     assert on.engines[0].sqnr_db > off.engines[0].sqnr_db + 0.3
     scaled = {p.key: p.value for p in onnx.load(on.output).metadata_props}["qpass.scaled"]
     assert {"node_a", "node_b"} <= set(json.loads(scaled)["layers"])
