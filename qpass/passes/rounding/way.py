@@ -122,8 +122,9 @@ def choose_way(
     effort = solver.effort
     few = sums.count < min(ENOUGH_ROWS, effort.rows) * sums.layout.inputs
     best, error, reason = None, plain, ""
-    shares: Array | None = None
     for family in _families(sums, few=few):
+        shares: Array | None = None
+        scaled = grid
         for product, damping in family:
             factor = factorize(_hessian(sums, product), damping=damping)
             if isinstance(factor, str):
@@ -132,17 +133,17 @@ def choose_way(
             if shares is None and solver.rescales:
                 shares = solve_shares(wanted, factor, grid)
                 scale = (grid.scale * shares).astype(np.float32)  # as it will be stored
-                grid = replace(grid, scale=scale.astype(np.float64))
+                scaled = replace(grid, scale=scale.astype(np.float64))
             solve = solve_erq if solver.halves else _without_sweeps
-            integers = solve(wanted, factor, grid)
-            found = float(held.error(grid.values(integers), sums).sum())
+            integers = solve(wanted, factor, scaled)
+            found = float(held.error(scaled.values(integers), sums).sum())
             if found < error:
                 error = found
                 best = Rounded(
                     wanted=wanted,
                     integers=integers,
                     shares=None if shares is None or (shares == 1.0).all() else shares,
-                    grid=grid,
+                    grid=scaled,
                     ridge=ridge,
                     damping=factor.damping,
                     product=product,
@@ -159,7 +160,7 @@ def choose_way(
     if effort.sweeps and not solver.halves:  # those have sweeps of their own
         # Sweeps fit what the rows happen to hold, too, and cost more than a damping does.
         swept = replace(best, integers=_swept(best, sums, effort.sweeps), sweeps=effort.sweeps)
-        if float(held.error(grid.values(swept.integers), sums).sum()) < error:
+        if float(held.error(best.grid.values(swept.integers), sums).sum()) < error:
             best = swept
     return best
 
