@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qpass.passes.rounding import way
+from qpass.passes.rounding.gptq import Factor
 from qpass.passes.rounding.grid import Grid
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layout import Layout
@@ -168,3 +170,27 @@ def test_the_halves_of_erq_have_it_too() -> None:
     found = choose_way(images.weight, images.grid, images.sums(INPUTS), images.held(200), solver)
     assert isinstance(found, Rounded)
     assert found.product > 0.0
+
+
+def test_each_hessian_chooses_its_own_scales(monkeypatch) -> None:
+    """What the rows say by chance about scales does not reach those of the product."""
+    images, asked = Images(4), []
+    real = way.solve_shares
+
+    def solve_shares(weight: Array, factor: Factor, grid: Grid) -> Array:
+        asked.append((factor.hessian, grid.scale))
+        return real(weight, factor, grid)
+
+    monkeypatch.setattr(way, "solve_shares", solve_shares)
+    sums, held = images.sums(INPUTS), images.held(200)
+    found = choose_way(images.weight, images.grid, sums, held, replace(SOLVER, rescales=True))
+    assert isinstance(found, Rounded)
+    assert found.product > 0.0
+    (first, scale), (second, again) = asked
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(scale, images.grid.scale)
+    np.testing.assert_array_equal(again, images.grid.scale)
+    assert found.shares is not None
+    np.testing.assert_array_equal(
+        found.grid.scale, (images.grid.scale * found.shares).astype(np.float32)
+    )
