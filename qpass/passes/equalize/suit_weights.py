@@ -29,7 +29,7 @@ from qpass.choose import WIDE_BITS
 from qpass.graph import Graph, Node, array_of
 from qpass.passes.equalize.apply import apply_scales
 from qpass.passes.equalize.measure import Specs
-from qpass.passes.equalize.rounding_noise import POWER, Noise, noise_of, solve_weight_scales
+from qpass.passes.equalize.rounding_noise import POWER, TINY, Noise, noise_of, solve_weight_scales
 from qpass.passes.equalize.site import Reader, Site
 from qpass.passes.equalize.sites import find_sites
 from qpass.passes.equalize.solve import Scales
@@ -152,7 +152,7 @@ def suit_weights(
 
 
 def _decibels(error: float) -> float:
-    return 10.0 * math.log10(max(error, 1e-300))
+    return 10.0 * math.log10(max(error, TINY))
 
 
 def _noise(
@@ -168,7 +168,7 @@ def _noise(
     assert isinstance(layout, Layout)
     seen = [stats[node.inputs[0].name] for stats in parts]
     place = find_site(graph, nodes, node)
-    centered = isinstance(place, BiasSite) and place.offset is not None
+    centered = isinstance(place, BiasSite) and place.offset
     taps = layout.columns_per_channel
     weight = np.abs(layout.matrix(array_of(node.inputs[1]).astype(np.float64)))
     spec = specs.weights.get(node.name)

@@ -165,6 +165,30 @@ def test_blocks_of_weights_alone() -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_means_count_where_no_bias_makes_up_for_them(biased: bool) -> None:
+    random = np.random.default_rng(4)
+    offset, gain = np.zeros(32, np.float32), np.ones(32, np.float32)
+    offset[0], gain[1] = 6.0, 6.0  # a channel that is large because of its mean, and one that moves
+    text = f"""
+    <ir_version: 10, opset_import: ["": 21]>
+    g (float[N,32] x) => (float[N,24] y)
+    {{
+        n = LayerNormalization (x, gain, offset)
+        {"z = MatMul (n, w) y = Add (z, b)" if biased else "y = MatMul (n, w)"}
+    }}
+    """
+    constants = {"b": np.zeros(24, np.float32)} if biased else {}
+    weight = weights(random, 32, 24, fan_in=32)
+    graph = from_text(text, gain=gain, offset=offset, w=weight, **constants)
+    samples = [{"x": random.standard_normal((1, 32)).astype(np.float32)} for _ in range(16)]
+    _, _, done, refusals, _ = suited(graph, "w4", samples, block_size=32, low_bit_edges=True)
+    assert len(done) == 1, refusals
+    mean, moving, *others = done[0].scales.scale[1:]
+    assert moving > 1.1 * np.mean(others)
+    assert (mean > 1.1 * np.mean(others)) is not biased
+
+
 def test_what_gains_little_stays_and_says_how_much() -> None:
     graph = network(spread=0.0)
     _, found, done, refusals, _ = suited(graph, low_bit_edges=True)
