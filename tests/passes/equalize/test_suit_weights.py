@@ -186,7 +186,7 @@ def test_means_count_where_no_bias_makes_up_for_them(biased: bool) -> None:
     assert len(done) == 1, refusals
     mean, moving, *others = done[0].scales.scale[1:]
     assert moving > 1.1 * np.mean(others)
-    assert (mean > 1.1 * np.mean(others)) is not biased
+    assert bool(mean > 1.1 * np.mean(others)) is not biased
 
 
 def test_what_gains_little_stays_and_says_how_much() -> None:
