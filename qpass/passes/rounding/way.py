@@ -122,9 +122,9 @@ def choose_way(
     effort = solver.effort
     few = sums.count < min(ENOUGH_ROWS, effort.rows) * sums.layout.inputs
     best, error, reason = None, plain, ""
+    shares: Array | None = None
+    scaled = grid
     for family in _families(sums, few=few):
-        shares: Array | None = None
-        scaled = grid
         for product, damping in family:
             factor = factorize(_hessian(sums, product), damping=damping)
             if isinstance(factor, str):
@@ -197,10 +197,12 @@ def solve_for_outputs(found: Rounded, sums: InputSums, metric: Array) -> Rounded
 
 
 def _families(sums: InputSums, *, few: bool) -> list[list[tuple[float, float]]]:
-    """Return lists of shares of the product and dampings; each is tried until it gets worse."""
+    """Return lists of shares of the product and dampings; each is tried until it gets worse.
+
+    The first of all also chooses the scales of channels: the Hessian of few rows misjudges those.
+    """
     if few and has_product(sums.layout):
-        plain = [(0.0, damping) for damping in DAMPINGS[:-1]]
-        return [plain, [(share, DAMPING) for share in SHARES]]
+        return [[(share, DAMPING) for share in SHARES], [(0.0, DAMPINGS[1])]]
     return [[(0.0, damping) for damping in DAMPINGS]]
 
 
