@@ -105,7 +105,9 @@ def outputs(graph: Graph, feeds: Sequence[Feeds]) -> Array:
 
 def on_the_grid(reference: Graph, precision: str, target: Target = ORT) -> Graph:
     """Return a copy with weights and biases that the integers of a precision hold exactly."""
-    numbers = frozen(reference, precision, target).numbers
+    case = frozen(reference, precision, target)
+    numbers = case.numbers
+    specs = {edge.node: d.spec for d in case.plan.weights() for edge in d.edges or ()}
     graph = reference.copy()
     for node in graph.nodes:
         if node.name not in numbers:
@@ -116,7 +118,13 @@ def on_the_grid(reference: Graph, precision: str, target: Target = ORT) -> Graph
         largest = np.abs(weight).max(axis=others, keepdims=True)
         step = np.exp2(np.ceil(np.log2(largest / own.qmax))).astype(np.float32)
         integers = np.rint(weight / step)
-        integers = np.where(np.abs(weight) == largest, np.sign(weight) * own.qmax, integers)
+        if specs[node.name].symmetric:
+            integers = np.where(np.abs(weight) == largest, np.sign(weight) * own.qmax, integers)
+        else:  # the ends of each channel are those of the type
+            low, high = (end(weight, axis=others, keepdims=True) for end in (np.min, np.max))
+            integers = np.where(
+                weight == high, own.qmax, np.where(weight == low, own.qmin, integers)
+            )
         graph.set_input(node, 1, graph.constant(node.inputs[1].name, integers * step))
         if len(node.inputs) > 2:
             bias = np.rint(node.inputs[2].values * 4.0) / np.float32(4.0)

@@ -173,13 +173,13 @@ def test_sixteen_bit_activations_are_marked_as_simulated(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("precision", "target"), [("w3a8", "ort-x86"), ("w4a8", "ort-x86"), ("w3a8", "openvino")]
+    ("precision", "target"), [("w4a8", "ort-x86"), ("w5a8", "ort-x86"), ("w4a8", "openvino")]
 )
 def test_zero_points_of_weights_are_said(tmp_path: Path, precision: str, target: str) -> None:
     path = saved(small_model(), tmp_path)
     report = optimize(path, normal(), precision=precision, target=target, low_bit_edges=True)
     said = [note for note in report.notes if "have zero points" in note]
-    assert len(said) == ((precision, target) == ("w3a8", "ort-x86"))
+    assert len(said) == ((precision, target) == ("w4a8", "ort-x86"))
 
 
 @pytest.mark.parametrize(

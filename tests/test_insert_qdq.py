@@ -220,7 +220,7 @@ def test_small_weights_of_4_bits_are_packed() -> None:
     assert packed.data_type == onnx.TensorProto.INT4
     assert len(packed.raw_data) == KERNEL.size // 2
     integers = numpy_helper.to_array(packed).astype(int)
-    assert (integers.min(), integers.max()) == (-7, 7)
+    assert (integers.min(), integers.max()) == (-8, 7)
 
 
 def test_constant_operands_of_followers_become_integers() -> None:

@@ -18,7 +18,7 @@ from tests.jobs import normal, saved, small_model
 
 # The weights of ort-x86 at 4 bits, where the three choices differ.
 SPEC = TensorSpec(
-    storage=storage_for(4, signed=True), bits=4, symmetric=True, granularity="per_channel", axis=0,
+    storage=storage_for(4, signed=True), bits=4, symmetric=False, granularity="per_channel", axis=0,
 )  # fmt: skip
 RANGES = {"minmax": weight_range, "mse": solve_weight_range, "percentile": percentile_weight_range}
 

@@ -198,7 +198,7 @@ FITS = [
 
 @pytest.mark.parametrize(("fit", "method"), FITS)
 def test_unseen_samples_are_closer_to_it(fit: Any, method: Any) -> None:
-    case = frozen(residual_cnn(), "w4a4")
+    case = frozen(residual_cnn(), "w4a4", TARGETS["openvino"])
     batches, unseen = feeds_of(case.reference, 32), feeds_of(case.reference, 24, seed=99)
     graphs = [case.graph, *(fit(case, aim, method, batches) for aim in (None, case.aim))]
     wanted = outputs(case.aim, unseen)
