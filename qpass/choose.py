@@ -16,7 +16,7 @@ from qpass.graph import Graph, array_of
 from qpass.options import WeightRange
 from qpass.plan import Decision, Plan
 from qpass.qparams import QParams, TensorSpec, channel_range, choose_qparams
-from qpass.weight_windows import has_windows, solve_windows
+from qpass.weight_windows import has_windows, parts_of, solve_windows
 
 Array = NDArray[Any]
 
@@ -251,16 +251,27 @@ def solve_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:
         return first.reshape(low.shape), last.reshape(high.shape)
     # One row for each scale, whatever the scales lie along.
     row_spec = replace(spec, granularity="per_channel", axis=0, block_size=None)
+    ends = np.ravel(low), np.ravel(high)
+    share = np.concatenate(
+        [_share(rows[part], row_spec, *(end[part] for end in ends)) for part in parts_of(rows)]
+    )
+    return low * share.reshape(low.shape), high * share.reshape(high.shape)
+
+
+def _share(rows: Array, spec: TensorSpec, low: Array, high: Array) -> Array:
+    """Return for each row the share of its range with the smallest squared error, [rows]."""
     best, share = np.full(len(rows), np.inf), np.ones(len(rows))
     for candidate in WEIGHT_SHARES[::-1]:
-        trial = choose_qparams(row_spec, np.ravel(low) * candidate, np.ravel(high) * candidate)
+        trial = choose_qparams(spec, low * candidate, high * candidate)
         scale = trial.scale.astype(np.float64)[:, None]
         zero = trial.zero_point.astype(np.float64)[:, None]
-        q = np.clip(np.rint(rows / scale) + zero, trial.qmin, trial.qmax)
-        error = np.square((q - zero) * scale - rows).sum(axis=1)
+        values = np.rint(rows / scale)
+        np.clip(values, trial.qmin - zero, trial.qmax - zero, out=values)
+        values *= scale
+        error = np.square(np.subtract(values, rows, out=values)).sum(axis=1)
         better = error < best
         best, share = np.where(better, error, best), np.where(better, candidate, share)
-    return low * share.reshape(low.shape), high * share.reshape(high.shape)
+    return share
 
 
 def percentile_weight_range(values: Array, spec: TensorSpec) -> tuple[Array, Array]:

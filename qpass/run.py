@@ -14,7 +14,7 @@ import onnx
 from qpass.calibrate import (
     TensorStats,
 )
-from qpass.choose import GivenRanges, QTable
+from qpass.choose import WIDE_BITS, GivenRanges, QTable
 from qpass.errors import RecipeError
 from qpass.graph import Graph
 from qpass.options import Options, parse_node_bits
@@ -112,7 +112,9 @@ def start(source: Path, options: Options) -> Run:
                 where=f"--precision {options.precision}",
                 fix="give --round gptq, or leave --row-weights out",
             )
-        options = replace(options, round="rtn")  # so that no samples are needed
+        # To nearest, so that no samples are needed; with few bits in ranges that are searched.
+        searched = policy.precision.weight < WIDE_BITS and options.weight_range == "auto"
+        options = replace(options, round="mse" if searched else "rtn")
     return Run(source=source, options=options, target=load_target(options.target), policy=policy)
 
 

@@ -391,12 +391,7 @@ def test_scales_that_float16_does_not_hold_stay_wide(tmp_path: Path) -> None:
 
 
 def test_blocks_without_zero_points_store_none() -> None:
-    symmetric, asymmetric = (
-        built(product(64, 48), low_bit_edges=True, asymmetric_weights=value).graph
-        for value in (False, True)
-    )
-    dequantizers = [
-        next(n for n in graph.nodes if n.op == "DequantizeLinear")
-        for graph in (symmetric, asymmetric)
-    ]
-    assert [len(dq.inputs) for dq in dequantizers] == [2, 3]
+    for asymmetric, inputs in ((False, 2), (True, 3)):
+        made = built(product(64, 48), low_bit_edges=True, asymmetric_weights=asymmetric)
+        dequantizer = next(n for n in made.graph.nodes if n.op == "DequantizeLinear")
+        assert len(dequantizer.inputs) == inputs
