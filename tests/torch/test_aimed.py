@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 from qpass.graph import Graph
 from qpass.passes.round_weights import round_weights
 from qpass.passes.tune import tune
+from qpass.targets import TARGETS
 from qpass.verify.metrics import sqnr_db
 from tests.frozen_networks import Frozen, frozen, outputs
 from tests.small_models import feeds_of, residual_cnn
@@ -43,7 +44,7 @@ def tuned(case: Frozen, aim: Graph | None, batches: list[Any]) -> Graph:
 
 @pytest.mark.parametrize("fit", [learned, tuned])
 def test_unseen_samples_are_closer_to_it(fit: Callable[..., Graph]) -> None:
-    case = frozen(residual_cnn(), "w4a4")
+    case = frozen(residual_cnn(), "w4a4", TARGETS["openvino"])
     batches, unseen = feeds_of(case.reference, 32), feeds_of(case.reference, 24, seed=99)
     graphs = [case.graph, *(fit(case, aim, batches) for aim in (None, case.aim))]
     wanted = outputs(case.aim, unseen)

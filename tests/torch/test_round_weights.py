@@ -112,7 +112,7 @@ def test_learned_steps_are_in_the_file_and_in_the_report(tmp_path: Path) -> None
         "engines": ("ort",),
     }
     result = qpass.optimize(
-        CNN, **options, round="adaround", iterations=4, tune=2, output=tmp_path / "m.onnx"
+        CNN, **options, round="adaround", iterations=16, tune=2, output=tmp_path / "m.onnx"
     )
     plain = qpass.optimize(CNN, **options, round="rtn", output=tmp_path / "plain.onnx")
     scales, before = (
