@@ -197,7 +197,7 @@ class ConstantDecisions:
         """Decide that a linear op behind quantized activations reads its weight as `spec`."""
         reason = f"weight of {node.name}"
         if not spec.symmetric:
-            reason += "; asymmetric: no kernel of the target reads so few bits"
+            reason += "; asymmetric: behind integers no kernel of the target reads so few bits"
         self.add(node, 1, weight, spec, "weight", reason)
 
     def all(self) -> tuple[Decision, ...]:
