@@ -110,6 +110,9 @@ def test_wider_or_symmetric_weights_have_none() -> None:
     assert not has_windows(SYMMETRIC)
     assert has_windows(replace(SPEC, bits=4))
     assert not has_windows(replace(SPEC, bits=5))
+    blocks = replace(SPEC, granularity="per_block", block_size=32)
+    assert has_windows(blocks)
+    assert not has_windows(replace(blocks, bits=4))
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
