@@ -170,11 +170,12 @@ def test_searched_weight_range_is_never_worse_and_clips_outliers() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_every_block_gets_the_range_of_its_own_search(axis: int) -> None:
+@pytest.mark.parametrize("bits", [3, 5])  # with 3 zero points are searched, with 5 shares alone
+def test_every_block_gets_the_range_of_its_own_search(bits: int, axis: int) -> None:
     """Blocks of five along an axis of twelve: the last one is short; each is searched alone."""
     spec = TensorSpec(
-        storage=storage_for(4, signed=False), bits=4, symmetric=False, granularity="per_block",
-        axis=axis, block_size=5,
+        storage=storage_for(bits, signed=False), bits=bits, symmetric=False,
+        granularity="per_block", axis=axis, block_size=5,
     )  # fmt: skip
     values = np.random.default_rng(0).standard_normal((12, 12)) ** 3
     low, high = solve_weight_range(values, spec)
