@@ -13,6 +13,7 @@ Few samples
     inside of the unit (QDrop): the roundings get used to noise instead of learning the noise of a
     few samples. Where there is no such gap the mixing only hides the errors that are to be made up
     for (mobilenet_v2 W3A8, second unit: held-out error 0.92 times with clean inputs, 1.08 mixed).
+    Fewer and smaller steps learn less by heart, too, and such units are the widest ones.
 What is promised
     The rounded result is compared with the integers that were there, on batches that nothing was
     fitted to; the caller gets both errors. The same seed gives the same integers on a CPU.
@@ -53,6 +54,8 @@ Array = NDArray[Any]
 RATE: Final = 0.06  # of the logits
 BY_HEART: Final = 1.2  # error on held-out batches, in units of that on those to fit
 DROP: Final = 0.5  # as published
+FEWER_STEPS: Final = 4  # by so much they are divided where samples are too few
+FEWER_ROWS: Final = 3  # likewise, of a step
 DISAGREEMENT: Final = 0.01  # between torch and the engine, as a share of the error of rounding
 OFFSET_RATE: Final = 1e-3  # in units of an output channel's root mean square
 SCALE_RATE: Final = 1e-3  # of the logarithm of a channel's scale
@@ -92,15 +95,17 @@ def reconstruct(
 
 
 def _careful(settings: Settings, gap: float) -> Settings:
-    """Return what to do with a unit that has a `gap` between held-out batches and those to fit.
-
-    Where samples are too few a quarter of the steps is enough; such units are the widest ones, too.
-    """
+    """Return what to do with a unit that has a `gap` between held-out batches and those to fit."""
     if settings.drop is not None:
         return settings
     if gap < BY_HEART:
         return replace(settings, drop=0.0)
-    return replace(settings, drop=DROP, iterations=-(-settings.iterations // 4))
+    return replace(
+        settings,
+        drop=DROP,
+        iterations=-(-settings.iterations // FEWER_STEPS),
+        rows=-(-settings.rows // FEWER_ROWS),
+    )
 
 
 class _SoftLayer:
@@ -165,7 +170,7 @@ class _SoftUnit:
     """A unit while its roundings are learned."""
 
     def __init__(self, problem: UnitProblem, settings: Settings, device: str) -> None:
-        self._problem, self._settings = problem, settings
+        self._problem = problem
         self._executor = Executor(problem.nodes, device=device)
         self._random = torch.Generator().manual_seed(settings.seed)
         self._outputs = [name for target in problem.targets for name in target]
@@ -306,7 +311,7 @@ class _SoftUnit:
         for step in range(settings.iterations):
             optimizer.zero_grad()
             beta = beta_at(step / settings.iterations)
-            picked = self._pick(fit)
+            picked = self._pick(fit, settings.rows)
             for batch in picked:
                 ups = [soft.rounding.up() for soft in self.layers]
                 given = {
@@ -320,9 +325,9 @@ class _SoftUnit:
                 (loss / len(picked)).backward()
             optimizer.step()
 
-    def _pick(self, fit: Sequence[Batch]) -> list[Batch]:
+    def _pick(self, fit: Sequence[Batch], rows: int) -> list[Batch]:
         """Return random batches for one step; joined, or a part of one, where that can be."""
-        count = min(len(fit), max(1, round(self._settings.rows / self._rows)))
+        count = min(len(fit), max(1, round(rows / self._rows)))
         numbers = torch.randperm(len(fit), generator=self._random)[:count].tolist()
         picked = [fit[number] for number in numbers]
         if not self._problem.stackable:
@@ -330,7 +335,7 @@ class _SoftUnit:
         if count > 1:
             return [joined(picked)]
         samples = len(picked[0].wanted[0])
-        share = max(1, round(samples * self._settings.rows / self._rows))
+        share = max(1, round(samples * rows / self._rows))
         if share >= samples:
             return picked
         some = torch.randperm(samples, generator=self._random)[:share].numpy()

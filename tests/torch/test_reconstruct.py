@@ -219,8 +219,10 @@ def test_the_seed_decides() -> None:
     assert any((first.integers[name] != other.integers[name]).any() for name in ("w1", "w2"))
 
 
-@pytest.mark.parametrize(("shift", "same"), [(0.0, {"drop": 0.0}), (0.4, {"iterations": 50})])
-def test_inputs_are_mixed_where_the_error_is_larger_on_samples_that_were_held_out(
+@pytest.mark.parametrize(
+    ("shift", "same"), [(0.0, {"drop": 0.0}), (0.4, {"iterations": 50, "rows": 11})]
+)
+def test_inputs_are_mixed_in_fewer_and_smaller_steps_where_held_out_samples_have_a_larger_error(
     shift: float, same: dict[str, Any]
 ) -> None:
     unit = Unit()
