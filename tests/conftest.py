@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-import pytest
-from hypothesis import settings
+# Each worker is a process. With a thread for each core in each of them, the small products here
+# spend half of the time waiting for one another. numpy and torch read this when they are imported.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
-import qpass.api
-import qpass.rounds
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+import qpass.api  # noqa: E402
+import qpass.rounds  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")

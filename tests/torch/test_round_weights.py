@@ -66,15 +66,15 @@ def test_closer_to_float_than_nearest_with_the_same_structure(model: Callable[[]
     assert again.fingerprint() == graph.fingerprint()
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_steps_of_activations_are_learned(model: Callable[[], Graph]) -> None:
+@pytest.mark.parametrize(("model", "iterations"), [(residual_cnn, 200), (transformer, 40)])
+def test_steps_of_activations_are_learned(model: Callable[[], Graph], iterations: int) -> None:
     reference = model()
     made = [quantized_at(reference, "w4a4") for _ in range(3)]
     numbers, (_, table, plan) = numbers_of(made[0][2], made[0][1]), made[0]
     free = [d.key for d in plan.activations() if d.spec.bits == 4]
     # The CNN scatters by 0.5 dB: steps give it -0.2, 0.9 and 0.3 dB with the seeds 5 to 7, and 0.5
-    # on average with 96 samples; the transformer gains 1.1 to 1.6 dB with each of them.
-    options = {"samples": 48, "iterations": 200, "seed": 6}
+    # on average with 96 samples; the transformer gains 1.3 to 1.8 dB with each of them.
+    options = {"samples": 48, "iterations": iterations, "seed": 6}
     learned(reference, made[0][0], numbers, **options)
     rounding = learned(reference, made[1][0], numbers, free_steps=free, **options)
     assert rounding.steps.keys() == set(free)
