@@ -100,9 +100,10 @@ class Settings:
     """How to search.
 
     iterations
-        Steps of Adam, at most.
+        Steps of Adam; a quarter of them where samples are too few.
     rows
-        Positions (pixels, tokens) that a step should see of the last layer's output, about.
+        Positions (pixels, tokens) that a step should see of the last layer's output, about; a
+        third of them where samples are too few.
     drop
         Chance of an element to be the float graph's; None: by how well the unit does on batches
         that it was not fitted to.
