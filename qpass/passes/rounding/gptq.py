@@ -133,20 +133,28 @@ def solve_gptq(weight: Array, factor: Factor, grid: Grid, *, sweeps: int = SWEEP
         grid: scales and bounds.
         sweeps: of coordinate descent afterwards, at most.
     """
-    integers = np.where(factor.dead[:, :, None], grid.nearest(weight), _round(weight, factor, grid))
-    return refine(weight, factor, integers, grid, sweeps=sweeps)
+    integers, energy = _round(weight, factor, grid)
+    integers = np.where(factor.dead[:, :, None], grid.nearest(weight), integers)
+    return _refine(weight, factor, integers, energy, grid, sweeps=sweeps)
 
 
 def rounding_error(weight: Array, factor: Factor, grid: Grid) -> Array:
     """Return ``e^T H e`` after one pass of rounding without sweeps, [groups, outputs]."""
-    return _energy(factor, weight - grid.values(_round(weight, factor, grid)))
+    return _round(weight, factor, grid)[1]
 
 
 def refine(weight: Array, factor: Factor, integers: Array, grid: Grid, *, sweeps: int) -> Array:
     """Take rounding to nearest for outputs where it is better; improve by coordinate descent."""
+    energy = _energy(factor, weight - grid.values(integers))
+    return _refine(weight, factor, integers, energy, grid, sweeps=sweeps)
+
+
+def _refine(
+    weight: Array, factor: Factor, integers: Array, energy: Array, grid: Grid, *, sweeps: int
+) -> Array:
     nearest = grid.nearest(weight)
-    found, plain = (_energy(factor, weight - grid.values(q)) for q in (integers, nearest))
-    best = np.where((found > plain)[:, None, :], nearest, integers)
+    plain = _energy(factor, weight - grid.values(nearest))
+    best = np.where((energy > plain)[:, None, :], nearest, integers)
     descend(weight, factor.hessian, best, grid, sweeps=sweeps)
     return best
 
@@ -161,12 +169,16 @@ def _energy(factor: Factor, error: Array) -> Array:
     return total
 
 
-def _round(weight: Array, factor: Factor, grid: Grid) -> Array:
-    """Round all inputs, from the last of the order to the first."""
+def _round(weight: Array, factor: Factor, grid: Grid) -> tuple[Array, Array]:
+    """Round all inputs, from the last of the order to the first; return ``e^T H e`` as well.
+
+    That is the sum of squares of what is left at each step, in units of the factor.
+    """
     lower, order = factor.lower, factor.order
     wanted = np.take_along_axis(weight, order[:, :, None], axis=1)
     grid = grid.take(order)
     error, integers = np.zeros_like(wanted), np.empty_like(wanted)
+    energy = np.zeros((len(weight), weight.shape[2]))
     for end in range(weight.shape[1], 0, -BLOCK):
         begin = max(0, end - BLOCK)
         carried = lower[:, end:, begin:end].swapaxes(1, 2) @ error[:, end:]
@@ -179,6 +191,7 @@ def _round(weight: Array, factor: Factor, grid: Grid) -> Array:
             scale, zero_point = grid.row(i)
             integers[:, i] = np.clip(np.rint(target / scale) + zero_point, grid.qmin, grid.qmax)
             error[:, i] = wanted[:, i] - (integers[:, i] - zero_point) * scale
+            energy += np.square(inner[:, place, place][:, None] * error[:, i] + sum_behind)
     result = np.empty_like(integers)
     np.put_along_axis(result, order[:, :, None], integers, axis=1)
-    return result
+    return result, energy

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qpass.dtypes import INT4, UINT4
 from qpass.passes.rounding.descend import descend, squared_error
 from qpass.passes.rounding.erq import solve_erq
-from qpass.passes.rounding.gptq import Factor, damped, factorize, solve_gptq
+from qpass.passes.rounding.gptq import Factor, damped, factorize, rounding_error, solve_gptq
 from qpass.passes.rounding.grid import Grid, grid_of
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layout import Layout
@@ -78,6 +78,20 @@ def test_gptq_is_the_published_algorithm() -> None:
     kept = (published <= plain)[0]  # outputs where nearest is better take that
     assert kept.any()
     np.testing.assert_array_equal(got[0][:, kept], wanted[:, kept])
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_error_is_known_when_rounding_is_done(act_order: bool) -> None:
+    weight, hessian = problem(7, inputs=9, outputs=400)
+    hessian[:, 4] = hessian[:, :, 4] = 0.0  # an input that is always zero
+    one, full = grid(weight), factor(hessian, act_order=act_order)
+    rounded = solve_gptq(weight, full, one, sweeps=0)
+    error, plain = (
+        squared_error(weight, full.hessian, one.values(q)) for q in (rounded, one.nearest(weight))
+    )
+    got = rounding_error(weight, full, one)
+    np.testing.assert_allclose(np.minimum(got, plain), error, rtol=1e-10)
+    assert (got > plain).any()  # some outputs were better off with nearest
 
 
 @pytest.mark.parametrize("solve", [solve_gptq, solve_erq])
