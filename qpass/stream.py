@@ -170,15 +170,20 @@ class Stream:
         """
         return self._renamed.get(name, name)
 
-    def session(self, graph: Graph, side: Side, outputs: Sequence[str]) -> Submodel:
-        """Make a session that computes `outputs` from what is alive."""
+    def session(
+        self, graph: Graph, side: Side, outputs: Sequence[str], *, as_written: bool = False
+    ) -> Submodel:
+        """Make a session that computes `outputs` from what is alive.
+
+        `as_written`: Q and DQ run one by one, with floats between them, biases among them.
+        """
         return Submodel(
             graph,
             self.feeds(side, 0),
             outputs,
             optimize=self._optimize,
             threads=self._threads,
-            qdq_in_float=graph is self.aim and graph is not self.reference,
+            qdq_in_float=as_written or (graph is self.aim and graph is not self.reference),
         )
 
     def outputs(self) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:

@@ -259,7 +259,6 @@ def round_weights(
                 settings = {"iterations": iterations, "seed": seed, "threads": threads}
                 learned = reconstruct_unit(
                     stream,
-                    step,
                     inside,
                     first_held=walk.first_judge,
                     settings=settings,

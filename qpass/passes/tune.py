@@ -23,7 +23,6 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from qpass.graph import Graph
-from qpass.matching import weight_axis
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, find_site, fold
 from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, Verdict, judge, outputs_of
@@ -98,15 +97,12 @@ def tune(
         TunedLayer(
             name=site.linear,
             weight=site.node.inputs[1].name,
-            weight_axis=weight_axis(site.node, len(site.node.inputs[1].shape)),
             output=site.tap,
-            output_axis=site.axis,
+            axis=site.axis,
             channels=site.channels,
             gain=_takes_gain(site),
             offset=site.offset,
-            bias=None if site.bias_slot is None else site.bias_slot.constant.name,
-            bias_inside=site.bias_inside,
-            rank=len(site.node.inputs[1].shape),
+            bias=None if site.bias_inside or not site.bias_slot else site.bias_slot.constant.name,
         )
         for site in sites
     ]

@@ -29,6 +29,7 @@ from qpass.graph import Constant, Node, array_of
 from qpass.torch.executor_errors import UnsupportedOpError
 from qpass.torch.executor_ops import OPS
 from qpass.torch.executor_quantize import fake_quantize
+from qpass.torch.narrow import narrowed
 
 __all__ = ["Executor", "Mix", "Tensors", "UnsupportedOpError"]
 
@@ -39,10 +40,11 @@ DOMAINS: Final = (None, "", "ai.onnx")
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One node, or a Q with the DQ behind it (`quantizes`)."""
+    """One node, or a Q with the DQ behind it (`quantizes`); `narrow` is for some of `run`."""
 
     name: str
     run: Callable[..., Any]
+    narrow: Callable[..., Any]
     attrs: Mapping[str, Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -90,8 +92,10 @@ class Executor:
         given: Tensors,
         outputs: Sequence[str],
         *,
+        scaled: Tensors | None = None,
         added: Tensors | None = None,
         mix: Mix | None = None,
+        narrow: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Compute some tensors.
 
@@ -99,21 +103,23 @@ class Executor:
             given: inputs by name; a constant or an output of a node that is given is taken as it
                 is.
             outputs: names of the tensors to return.
-            added: what is added to outputs of nodes, by name of the output.
+            scaled: what outputs of nodes are multiplied by, by name of the output.
+            added: what is added to them then.
             mix: called with the input of a Q and the output of the DQ behind it; returns what the
                 readers of the DQ get.
+            narrow: compute products with wide weights in bfloat16, see `narrow`.
 
         Raises:
             UnsupportedOpError: a node has attributes that its function does not know.
         """
-        added = added or {}
+        scaled, added = scaled or {}, added or {}
         values: dict[str, Any] = {"": None, **self._constants, **given}
         for step in self._steps:
             if all(name in given for name in step.outputs):
                 continue
             operands = [values[name] for name in step.inputs]
             try:
-                result = step.run(step.attrs, *operands)
+                result = (step.narrow if narrow else step.run)(step.attrs, *operands)
             except UnsupportedOpError as error:
                 raise UnsupportedOpError(error.what, where=step.name) from error
             if step.quantizes and mix is not None:
@@ -121,6 +127,7 @@ class Executor:
             results = result if isinstance(result, tuple) else (result,)
             for name, value in zip(step.outputs, results, strict=False):
                 if name not in given:
+                    value = value * scaled[name] if name in scaled else value
                     values[name] = value + added[name] if name in added else value
         return tuple(values[name] for name in outputs)
 
@@ -137,10 +144,12 @@ def _steps_of(nodes: Sequence[Node]) -> list[_Step]:
             storage = _storage(source)
             attrs |= {"qmin": storage.qmin, "qmax": storage.qmax}
         if id(node) not in fused:
+            run = OPS[node.op] if quantizer is None else fake_quantize
             steps.append(
                 _Step(
                     name=node.name,
-                    run=OPS[node.op] if quantizer is None else fake_quantize,
+                    run=run,
+                    narrow=narrowed(node.op, run),
                     attrs=attrs,
                     inputs=tuple(tensor.name for tensor in source.inputs),
                     outputs=tuple(tensor.name for tensor in node.outputs),

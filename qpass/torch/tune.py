@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -42,31 +42,26 @@ PART: Final = 2  # samples of a view that run at once: what a gradient needs is 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedLayer:
-    """A linear op and where its gain and offset go.
+    """A linear op whose output gets a gain and an offset for each channel.
 
-    weight, weight_axis
-        The tensor that it reads as its weight, and the axis of the output channels there.
-    output, output_axis, channels
+    weight
+        Name of the tensor that it reads as its weight.
+    output, axis, channels
         Of its output.
     gain, offset
         What it can take.
-    bias, bias_inside
-        The constant that takes the offset, if there is one; whether the op itself adds it.
-    rank
-        Of the weight.
+    bias
+        A constant behind the op that takes the offset; None: the op itself does.
     """
 
     name: str
     weight: str
-    weight_axis: int
     output: str
-    output_axis: int
+    axis: int
     channels: int
     gain: bool
     offset: bool
     bias: str | None
-    bias_inside: bool
-    rank: int
 
 
 class _Channels:
@@ -74,10 +69,12 @@ class _Channels:
 
     def __init__(self, layer: TunedLayer, weight: torch.Tensor, output: torch.Tensor) -> None:
         self.layer, self._weight = layer, weight
-        by_channel = output.movedim(layer.output_axis, 0).reshape(layer.channels, -1)
+        by_channel = output.movedim(layer.axis, 0).reshape(layer.channels, -1)
         self._unit = (
             by_channel.square().mean(dim=1).sqrt().clamp_min(torch.finfo(output.dtype).tiny)
         )
+        self._along = [1] * output.ndim
+        self._along[layer.axis] = -1
         self.log_gain = torch.zeros_like(self._unit, requires_grad=layer.gain)
         self.shift = torch.zeros_like(self._unit, requires_grad=layer.offset)
 
@@ -86,26 +83,37 @@ class _Channels:
         """What is to be learned."""
         return [tensor for tensor in (self.log_gain, self.shift) if tensor.requires_grad]
 
-    def edit(
-        self, executor: Executor, given: dict[str, torch.Tensor], added: dict[str, torch.Tensor]
-    ) -> None:
-        """Put the gain and the offset into what the executor is given."""
-        layer, gain, offset = self.layer, self.log_gain.exp(), self.shift * self._unit
-        along = [1] * layer.rank
-        along[layer.weight_axis] = -1
-        given[layer.weight] = self._weight * gain.reshape(along)
-        if layer.bias is not None:
-            bias = executor.constant(layer.bias)
-            given[layer.bias] = (bias * gain if layer.bias_inside else bias) + offset
-        elif layer.offset:
-            behind = layer.rank - 2 if layer.output_axis == 1 else 0
-            added[layer.output] = offset.reshape(-1, *[1] * behind)
+    def edit(self, executor: Executor, edits: _Edits) -> None:
+        """Put the gain and the offset into what the executor is given.
+
+        The output takes the gain, though the weight's scale does in the end: so weights, which are
+        many, need no gradient, and are dequantized once.
+        """
+        layer, offset = self.layer, self.shift * self._unit
+        edits.given[layer.weight] = self._weight
+        if layer.gain:
+            edits.scaled[layer.output] = self.log_gain.exp().reshape(self._along)
+        if not layer.offset:
+            return
+        if layer.bias is None:
+            edits.added[layer.output] = offset.reshape(self._along)
+        else:
+            edits.given[layer.bias] = executor.constant(layer.bias) + offset
 
     def result(self) -> tuple[Array, Array]:
         """Return gain and offset, float64 [channels]."""
         found = (self.log_gain.exp(), self.shift * self._unit)
         gain, offset = (t.detach().cpu().numpy().astype(np.float64) for t in found)
         return gain, offset
+
+
+@dataclass(frozen=True, slots=True)
+class _Edits:
+    """What the executor is told besides its constants."""
+
+    given: dict[str, torch.Tensor]
+    scaled: dict[str, torch.Tensor] = field(default_factory=dict)
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def tune_channels(
@@ -199,11 +207,12 @@ def _tune(
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
         for share, batch, wanted in lessons.draw():
-            given = {name: executor.tensor(array) for name, array in batch.items()}
-            added: dict[str, torch.Tensor] = {}
+            edits = _Edits({name: executor.tensor(array) for name, array in batch.items()})
             for one in channels:
-                one.edit(executor, given, added)
-            outputs = executor.run(given, list(lessons.sizes), added=added)
+                one.edit(executor, edits)
+            outputs = executor.run(
+                edits.given, list(lessons.sizes), scaled=edits.scaled, added=edits.added
+            )
             errors = [
                 (got - _tensor(executor, wanted[name])).square().mean() / size
                 for (name, size), got in zip(lessons.sizes.items(), outputs, strict=True)

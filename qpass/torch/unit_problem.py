@@ -19,8 +19,10 @@ class SoftLayer:
 
     weight
         Name of the tensor that it reads as its weight.
+    original
+        The float model's weight, float64, of the shape that the op reads.
     start
-        Float weight to start from, float64, of the shape that the op reads.
+        Float weight to start from, likewise; refitted or not.
     integers
         Those that are there, float64, same shape.
     scale, zero_point
@@ -39,6 +41,7 @@ class SoftLayer:
 
     name: str
     weight: str
+    original: Array
     start: Array
     integers: Array
     scale: Array

@@ -255,5 +255,7 @@ def test_what_is_given_stands_for_constants_and_nodes() -> None:
     zero = torch.zeros(8)
     (y,) = executor.run({"x": x, "b8": zero}, ["y"], added={"a": torch.ones(8)})
     assert torch.equal(y, x * executor.constant("v8") + 1.0)
+    (y,) = executor.run({"x": x, "b8": zero}, ["y"], scaled={"a": 2 * torch.ones(8)})
+    assert torch.equal(y, x * executor.constant("v8") * 2.0)
     (y,) = executor.run({"a": x}, ["y"])
     assert torch.equal(y, x + executor.constant("b8"))

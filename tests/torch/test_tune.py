@@ -72,15 +72,12 @@ GAIN = np.array([0.95, 1.0, 1.02, 1.05], np.float32)
 LAYER = TunedLayer(
     name="fc",
     weight="w",
-    weight_axis=1,
     output="m",
-    output_axis=-1,
+    axis=-1,
     channels=4,
     gain=True,
     offset=True,
     bias="b",
-    bias_inside=False,
-    rank=2,
 )
 
 

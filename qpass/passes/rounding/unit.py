@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Graph
-from qpass.live_tensors import Side
 from qpass.passes.rounding.hessian import InputSums
 from qpass.passes.rounding.layer import Layer
+from qpass.passes.rounding.probe import Probe
 from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
 from qpass.passes.row_weights import Weights
 from qpass.stream import Stream
@@ -125,8 +125,8 @@ def _look(stream: Stream, layer: Layer, last: Layer, numbers: range) -> list[_Se
         last.site.tap,
     )
     names = [source, tap, target, got, *([skip.quantized_name] if skip else [])]
-    floating = _Side(stream, "float", stream.aim, wanted_names)
-    quantized = _Side(stream, "quantized", stream.quantized, names)
+    floating = Probe(stream, "float", stream.aim, wanted_names)
+    quantized = Probe(stream, "quantized", stream.quantized, names)
     found: list[_Seen] = []
     weighted = None if skip is None or last.normed_sum is None else Weights(last.normed_sum)
     room = ELEMENTS
@@ -192,7 +192,7 @@ def _slopes(
 def _changes(stream: Stream, last: Layer, seen: Sequence[_Seen], first: int) -> list[Array]:
     """Return by how much the input rows of the last layer differ from those that were seen."""
     name = last.node.inputs[0].name
-    side = _Side(stream, "quantized", stream.quantized, [name])
+    side = Probe(stream, "quantized", stream.quantized, [name])
     found = []
     for number, one in enumerate(seen, start=first):
         values = side.run(number)[name][: len(one.last_input)]
@@ -210,21 +210,6 @@ def _mean(seen: Sequence[_Seen], parts: Sequence[Array]) -> Array:
     )
     mean: Array = (total / sum(one.weights.sum() for one in seen))[:, None]
     return mean
-
-
-class _Side:
-    """Some tensors of one graph, made from what is alive, batch by batch."""
-
-    def __init__(self, stream: Stream, side: Side, graph: Graph, names: Sequence[str]) -> None:
-        self._stream, self._side, self._names = stream, side, tuple(names)
-        alive = stream.feeds(side, 0)
-        made = list(dict.fromkeys(name for name in names if name not in alive))
-        self._session = stream.session(graph, side, made) if made else None
-
-    def run(self, batch: int) -> dict[str, Array]:
-        feeds = self._stream.feeds(self._side, batch)
-        found = {} if self._session is None else self._session.run(feeds)
-        return {name: found[name] if name in found else feeds[name] for name in self._names}
 
 
 class _Between:
