@@ -9,9 +9,8 @@ What it does
     ``erq`` refits the float weight to the quantized input, then rounds by halves;
     ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
     minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
-    ``adaround`` goes on in place of that sweep: it learns the roundings of the unit by gradients,
-    and scales of channels and steps of activations with few levels along with them. Where nothing
-    comes of it, it sweeps.
+    ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients, and
+    scales of channels and steps of activations with few levels along with them.
     Where a sample has one row that the outputs see, all but adaround round channels together, by
     what the outputs see of them (`output_metric`).
 Why it never makes things worse
@@ -253,7 +252,9 @@ def round_weights(
         for step in stream:
             inside = [layers[name] for name in islice(names, step.unit.nodes) if name in layers]
             rounded = [layer for layer in inside if _round(stream, step, layer, walk)]
-            swept = method == "unit"
+            if method in UNITWISE:
+                for name, reason in sweep_back(stream, rounded, walk.first_held):
+                    walk.refuse(name, reason)
             if method == "adaround":
                 settings = {"iterations": iterations, "seed": seed, "threads": threads}
                 learned = reconstruct_unit(
@@ -267,10 +268,6 @@ def round_weights(
                 walk.rounded |= {layer.name: layer for layer in learned.layers}
                 walk.steps |= learned.steps
                 for name, reason in learned.refused:
-                    walk.refuse(name, reason)
-                swept = not learned.layers
-            if swept:
-                for name, reason in sweep_back(stream, rounded, walk.first_held):
                     walk.refuse(name, reason)
         if walk.rounded:
             verdict = model_verdict(
