@@ -86,7 +86,9 @@ def reconstruct(
         unit = _SoftUnit(problem, settings, device)
         unit.measure(fit)
         before = unit.error(held, unit.old_weights)
-        unit.learn(fit, _careful(settings, unit.gap(fit, held)))
+        if settings.drop is None:
+            settings = _careful(settings, unit.gap(fit, held, before))
+        unit.learn(fit, settings)
         return Reconstruction(
             integers={soft.layer.name: soft.rounding.integers() for soft in unit.layers},
             offsets={soft.layer.name: soft.offset() for soft in unit.layers},
@@ -99,8 +101,6 @@ def reconstruct(
 
 def _careful(settings: Settings, gap: float) -> Settings:
     """Return what to do with a unit that has a `gap` between held-out batches and those to fit."""
-    if settings.drop is not None:
-        return settings
     if gap < BY_HEART:
         return replace(settings, drop=0.0)
     return replace(
@@ -109,6 +109,13 @@ def _careful(settings: Settings, gap: float) -> Settings:
         iterations=-(-settings.iterations // FEWER_STEPS),
         rows=-(-settings.rows // FEWER_ROWS),
     )
+
+
+def _nearest(layer: SoftLayer) -> Array:
+    """Return the float model's weight rounded to nearest, float64."""
+    integers = np.rint(layer.original / layer.scale + layer.zero_point).clip(*layer.bounds)
+    rounded: Array = (integers - layer.zero_point) * layer.scale
+    return rounded
 
 
 class _SoftLayer:
@@ -125,8 +132,6 @@ class _SoftLayer:
             device=executor.device,
         )
         self.old = executor.tensor((layer.integers - layer.zero_point) * layer.scale)
-        nearest = np.rint(layer.original / layer.scale + layer.zero_point).clip(*layer.bounds)
-        self.nearest = executor.tensor((nearest - layer.zero_point) * layer.scale)
         self.shift = torch.zeros(layer.channels, device=executor.device)
         self.unit = torch.ones_like(self.shift)  # what a shift of 1 adds
         self.growth = torch.zeros(layer.scale.shape, device=executor.device)  # of scales, as e^x
@@ -240,14 +245,17 @@ class _SoftUnit:
             losses = [float(self._loss(batch, weights, drop=0.0)) for batch in batches]
         return float(np.mean(losses))
 
-    def gap(self, fit: Sequence[Batch], held: Sequence[Batch]) -> float:
-        """Return how much more of nearest rounding's error is left on held-out batches."""
-        nearest = {soft.layer.weight: soft.nearest for soft in self.layers}
+    def gap(self, fit: Sequence[Batch], held: Sequence[Batch], before: float) -> float:
+        """Return how much more of nearest rounding's error is left on held-out batches.
+
+        `before` is the error that the old integers have there.
+        """
+        nearest = {
+            soft.layer.weight: self._executor.tensor(_nearest(soft.layer)) for soft in self.layers
+        }
         some = fit[:: max(1, len(fit) // len(held))]
-        fitted, unseen = (
-            self.error(batches, self.old_weights) / max(self.error(batches, nearest), TINY)
-            for batches in (some, held)
-        )
+        unseen = before / max(self.error(held, nearest), TINY)
+        fitted = self.error(some, self.old_weights) / max(self.error(some, nearest), TINY)
         return unseen / max(fitted, TINY)
 
     def _loss(

@@ -88,7 +88,8 @@ def test_gradients_reach_both_operands() -> None:
         y.square().sum().backward()
     for operand in (x, weight):
         assert operand.grad is not None
-    # Twice the same gradient, but for some 2^-8 of it: cosine of the sum with the exact one.
+    # Twice the same gradient, but for roundings of four operands (the output's error is one of
+    # them, as its size) in one of the two.
     (y,) = executor.run({"x": x, "w": weight}, ["y"])
     exact = torch.autograd.grad(y.square().sum(), [x, weight])
     for operand, wanted in zip((x, weight), exact, strict=True):
