@@ -18,11 +18,15 @@ MOST: Final = 8  # layers of a segment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """`layers` are linear ops with constant weights; `outputs` are read behind the segment."""
+    """`layers` are linear ops with constant weights; `outputs` are read behind the segment.
+
+    `carriers` are those of the outputs that layers had a part in: an error can be in no other.
+    """
 
     nodes: tuple[Node, ...]
     layers: tuple[Node, ...]
     outputs: tuple[str, ...]
+    carriers: tuple[str, ...]
 
 
 def segments(graph: Graph) -> list[Segment]:
@@ -53,6 +57,7 @@ def segments(graph: Graph) -> list[Segment]:
                     nodes=tuple(part),
                     layers=tuple(n for n in part if is_weighted(n)),
                     outputs=tuple(sorted(alive)),
+                    carriers=tuple(sorted(made)),
                 )
             )
             start, layers = number + 1, 0

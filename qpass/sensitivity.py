@@ -112,7 +112,9 @@ class _Walk:
         session = self._runner(self._graph, self._float[0], _distinct(*wanted, *outputs))
         known = [{**feeds, **session.run(feeds)} for feeds in self._float]
         # A share of the output that it is in: outputs of all sizes are worth the same.
-        power = {name: sum(_power(k[name]) for k in known) + TINY for name in outputs}
+        # Masks and positions are no share of anything: they carry no error, or are no numbers.
+        carriers = [name for name in segment.carriers if known[0][name].dtype.kind == "f"]
+        power = {name: sum(_power(k[name]) for k in known) + TINY for name in carriers}
         errors = {n.name: self._layer(n, segment, known, power) for n in layers}
         gain = self._gain(segment, known, power)
         for node in layers:
@@ -146,18 +148,18 @@ class _Walk:
                 own.append(0.0)
                 continue
             outputs = self._run_rounded(node, level, known)
-            own.append(sum(_power(y - k[tap]) for y, k in zip(outputs, known, strict=True)))
+            own.append(sum(_error(y, k[tap]) for y, k in zip(outputs, known, strict=True)))
             lowest = lowest or outputs
         if not lowest or own[0] <= 0.0:
             return [0.0] * len(own)
         behind = _dependents(segment, tap)
-        names = [name for name in segment.outputs if name in behind]
+        names = [name for name in power if name in behind]
         available = {name: k for name, k in known[0].items() if name == tap or name not in behind}
         tail = self._runner(self._graph, available, names)
         total = 0.0
         for output, k in zip(lowest, known, strict=True):
             reached = tail.run({**k, tap: output})
-            total += sum(_power(reached[name] - k[name]) / power[name] for name in names)
+            total += sum(_error(reached[name], k[name]) / power[name] for name in names)
         share = total / max(len(power), 1) / own[0]
         return [error * share for error in own]
 
@@ -184,7 +186,7 @@ class _Walk:
             if name not in self._rounded[0]:
                 continue
             pairs = [(f[name], r[name]) for f, r in zip(self._float, self._rounded, strict=True)]
-            error = sum(_power(r - f) for f, r in pairs if f.dtype.kind == "f")
+            error = sum(_error(r, f) for f, r in pairs)
             if error > 0.0:
                 shares.append(error / (sum(_power(f) for f, _ in pairs) + TINY))
         if not shares:
@@ -193,7 +195,7 @@ class _Walk:
         left = 0.0
         for feeds, k in zip(self._rounded, known, strict=True):
             got = session.run(feeds)
-            left += sum(_power(got[name] - k[name]) / power[name] for name in segment.outputs)
+            left += sum(_error(got[name], k[name]) / power[name] for name in power)
         return left / max(len(power), 1) / (sum(shares) / len(shares))
 
     def forget(self, rest: Sequence[Segment]) -> None:
@@ -237,6 +239,14 @@ def _dependents(segment: Segment, tap: str) -> set[str]:
 
 def _distinct(*names: str) -> list[str]:
     return list(dict.fromkeys(names))
+
+
+def _error(got: Array, wanted: Array) -> float:
+    """Return the power of the difference; masks of -inf or of truth values have none."""
+    if not np.issubdtype(wanted.dtype, np.floating):
+        return 0.0
+    with np.errstate(invalid="ignore"):  # of -inf - -inf, which is not finite, and not counted
+        return _power(got - wanted)
 
 
 def _power(array: Array) -> float:

@@ -110,6 +110,29 @@ def test_errors_are_those_of_running_each_layer_alone(make: Callable[[], Graph])
             assert 0.25 < error / true < 4.0
 
 
+def test_masks_across_segments_carry_no_error() -> None:
+    """Causal masks of transformers are computed once, and read in every block."""
+    random = np.random.default_rng(7)
+    weights = {f"w{i}": (random.standard_normal((24, 24)) / 5).astype(np.float32) for i in range(3)}
+    plain = """m0 = MatMul (x, w0) r0 = Relu (m0) m1 = MatMul (r0, w1) r1 = Relu (m1)
+               m2 = MatMul (r1, w2) y = Identity (m2)"""
+    masked = """{make} m0 = MatMul (x, w0) r0 = Relu (m0) s0 = Where (keep, r0, r0)
+                m1 = MatMul (s0, w1) r1 = Relu (m1) s1 = Max (r1, low)
+                m2 = MatMul (s1, w2) y = Where (keep, m2, m2)"""
+    text = """<ir_version: 10, opset_import: ["": 21]>
+        g (float[8,24] x) => (float[8,24] y) {{ {body} }}"""
+    make = "keep = Greater (x, zero) low = Where (keep, bottom, bottom)"
+    constants = {"zero": np.float32(0), "bottom": np.float32(-np.inf)}
+    without = from_text(text.format(body=plain), **weights)
+    graph = from_text(text.format(body=masked.format(make=make)), **weights, **constants)
+    assert {"keep", "low"} <= {name for part in segments(graph) for name in part.outputs}
+    feeds = feeds_of(graph, 4)
+    found = measure(graph, levels_of(graph), rounder, feeds)
+    expected = measure(without, levels_of(without), rounder, feeds)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.errors == pytest.approx(wanted.errors, rel=1e-6)
+
+
 def test_the_order_of_the_layers_is_right() -> None:
     """What the knapsack needs: which layer costs more."""
     graph = deep(10)
