@@ -186,6 +186,7 @@ class _SoftUnit:
         self._outputs = [name for target in problem.targets for name in target]
         self._norms = [1.0] * len(problem.targets)
         self._rows = 1  # of one batch
+        self._stackable = problem.stackable
         self._narrow = narrow_pays(device)
         self.layers = [_SoftLayer(layer, self._executor) for layer in problem.layers]
         self.steps = [_SoftStep(step, device) for step in problem.steps]
@@ -232,12 +233,26 @@ class _SoftUnit:
                 raise UnsupportedOpError(
                     f"torch and the engine differ by {share:.1%} of the error", where=target[0]
                 )
+        self._stackable = self._stackable and self._by_samples(seen, norms)
         for soft, output in zip(self.layers, outputs, strict=True):
             by_channel = output.movedim(soft.layer.axis, 0).reshape(soft.layer.channels, -1)
             soft.unit = (
                 by_channel.square().mean(dim=1).sqrt().clamp_min(torch.finfo(output.dtype).tiny)
             )
             self._rows = by_channel.shape[1]  # of the last one in the end
+
+    def _by_samples(self, seen: Batch, norms: Array) -> bool:
+        """True when samples of a batch can be put in another order, and be more.
+
+        A shape or a mask may by chance have as many entries as there are samples.
+        """
+        order = np.array([*range(len(seen.wanted[0]))[::-1], 0])
+        try:
+            apart = self._errors(part_of(seen, order), self.old_weights, drop=0.0)
+        except (RuntimeError, IndexError):  # what torch raises when shapes do not fit
+            return False
+        pairs = zip(apart, norms, strict=True)
+        return all(float(error) <= DISAGREEMENT * norm for error, norm in pairs)
 
     def error(self, batches: Sequence[Batch], weights: Mapping[str, torch.Tensor]) -> float:
         """Return the mean of the loss over batches."""
@@ -366,7 +381,7 @@ class _SoftUnit:
         count = min(len(fit), max(1, round(rows / self._rows)))
         numbers = torch.randperm(len(fit), generator=self._random)[:count].tolist()
         picked = [fit[number] for number in numbers]
-        if not self._problem.stackable:
+        if not self._stackable:
             return picked
         if count > 1:
             return [joined(picked)]

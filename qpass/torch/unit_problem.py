@@ -87,7 +87,8 @@ class UnitProblem:
     seen
         What the engine gives for each target and the first batch: torch has to give the same.
     stackable
-        The first axis of all that a batch holds counts samples, so that batches can be joined.
+        The first axis of all that a batch holds is as long as there are samples: batches can be
+        joined if torch finds that it counts them.
     """
 
     nodes: Sequence[Node]

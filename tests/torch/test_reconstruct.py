@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,9 @@ SETTINGS = Settings(iterations=200, rows=32, threads=1)
 class Unit:
     """Two layers and a skip, at 3 bits; inputs of few directions, so that errors can cancel."""
 
-    def __init__(self, body: str = BODY, step: float = float(STEP)) -> None:
+    def __init__(
+        self, body: str = BODY, step: float = float(STEP), inputs: str = "float[N, 8] x"
+    ) -> None:
         random = np.random.default_rng(2)
         self.step = step
         self.weights = [random.standard_normal(shape) / 3.0 for shape in ((8, 12), (12, 8))]
@@ -51,7 +53,7 @@ class Unit:
             np.clip(np.rint(w / s), *BOUNDS) for w, s in zip(self.weights, self.scales, strict=True)
         ]
         self.graph = graph_of(
-            "float[N, 8] x",
+            inputs,
             "float[N, 8] sum",
             body,
             step=np.float32(step),
@@ -268,6 +270,30 @@ def test_batches_that_cannot_be_joined_run_one_by_one() -> None:
     apart = unit.learn(drop=0.0)
     assert apart.after < 0.8 * apart.before
     assert apart.before == pytest.approx(joined.before, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("front", "given"),
+    [
+        ("wide = Reshape (x, other) same = Flatten (wide)", [16, 8, *[1] * 14]),
+        ("same = Gather (x, other)", range(16)),
+    ],
+)
+def test_what_has_as_many_entries_as_samples_may_be_something_else(
+    front: str, given: Sequence[int]
+) -> None:
+    """As the shape of a Reshape to four axes has, where a batch holds four samples."""
+    body = front + BODY.replace("Linear (x,", "Linear (same,")
+    unit, plain = Unit(body, inputs="float[N, 8] x, int64[16] other"), Unit()
+    for i, batch in enumerate(unit.batches):
+        others = {"other": np.array(given, np.int64)}
+        unit.batches[i] = replace(
+            batch, quantized={**batch.quantized, **others}, floating={**batch.floating, **others}
+        )
+    plain.problem = replace(plain.problem, stackable=False)
+    found, wanted = (one.learn(drop=0.0) for one in (unit, plain))
+    for name in ("w1", "w2"):
+        np.testing.assert_array_equal(found.integers[name], wanted.integers[name])
 
 
 def test_a_step_may_see_a_part_of_a_batch() -> None:

@@ -296,7 +296,7 @@ def _soft_layer(layer: Layer, gradient: ModuleType, *, rescale: bool) -> SoftLay
 
 
 def _stackable(graph: Graph, batches: Sequence[Batch]) -> bool:
-    """True when the first axis of everything is that of the samples."""
+    """True when the first axis of everything is as long as there are samples."""
     if any(not tensor.shape or isinstance(tensor.shape[0], int) for tensor in graph.inputs):
         return False
     return all(
