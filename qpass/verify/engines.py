@@ -27,6 +27,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from qpass.errors import QpassError
+from qpass.verify.openvino_trial import crash_of
 
 Array = NDArray[Any]
 EngineName = Literal["ort", "openvino", "reference"]
@@ -224,6 +225,9 @@ class _OpenVino:
     name: Final = "openvino"
 
     def __init__(self, model: Path, config: Mapping[str, Any]) -> None:
+        crash = crash_of(model, config)
+        if crash is not None:
+            raise EngineError(self.name, f"load {model.name}", crash)
         compiled = compile_openvino(model, config)
         self.version = openvino_version()
         # One tensor may carry several names there; the file knows which one is the output.
