@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 
-import qpass
 from qpass.api import default_output
 from qpass.modelfile import read_metadata
 from qpass.passes.round_weights import round_weights
@@ -26,7 +24,6 @@ from tests.jobs import (
     changed,
     engine,
     listing,
-    model_of,
     normal,
     op_types,
     optimize,
@@ -249,180 +246,6 @@ def test_progress_counts_the_samples_and_the_units(tmp_path: Path) -> None:
     assert "round (gptq)" in walks
     assert any(stage.startswith("compensate") for stage in walks)
     assert all(done == total and done > 1 for done, total in walks.values())
-
-
-# ------------------------------------------------------------------------ unusual models
-
-
-def test_body_of_if_is_kept(tmp_path: Path) -> None:
-    text = """
-    <ir_version: 10, opset_import: ["": 21]>
-    g (float[N,3,8,8] x, bool[1] c) => (float[N,8,8,8] y) {
-      [conv] a = Conv<pads = [1,1,1,1]>(x, w)
-      [if] b = If(c) <
-        then_branch = t () => (float[N,8,8,8] p) { p = Relu(a) },
-        else_branch = e () => (float[N,8,8,8] q) { q = Neg(a) }
-      >
-      [last] y = Conv<pads = [1,1,1,1]>(b, v)
-    }
-    """
-    path = saved(model_of(text, w=(8, 3, 3, 3), v=(8, 8, 3, 3)), tmp_path)
-    samples = [{**row, "c": np.array([True])} for row in rows(normal((8, 3, 8, 8)))]
-    report = optimize(path, samples, calibrate="minmax", repair=False)
-    assert "If" in op_types(report.output)
-    assert precision_of(report)["last"] == "integer"
-    assert engine(report).sqnr_db > 25.0  # measured: 37
-
-
-def test_half_precision_model(tmp_path: Path) -> None:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    half = convert_float_to_float16(small_model())
-    report = optimize(saved(half, tmp_path), {"x": normal()["x"].astype(np.float16)})
-    graph = onnx.load(report.output).graph
-    half_type = onnx.TensorProto.FLOAT16
-    assert [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)] == [half_type] * 2
-    assert engine(report).integer_ops == 3
-    assert engine(report).sqnr_db > 25.0
-
-
-def test_external_data(tmp_path: Path) -> None:
-    path = tmp_path / "big.onnx"
-    onnx.save(
-        small_model(), path, save_as_external_data=True, size_threshold=64, location="big.data"
-    )
-    report = optimize(path, normal())
-    assert report.ok
-    assert engine(report).sqnr_db > 25.0
-    assert report.sizes.float_bytes == path.stat().st_size + (tmp_path / "big.data").stat().st_size
-
-
-def test_two_inputs_one_of_them_integer(tmp_path: Path) -> None:
-    text = """
-    <ir_version: 10, opset_import: ["": 21]>
-    g (int64[N,5] ids, float[N,5,16] x) => (float[N,5,16] y) {
-      [embed] a = Gather(table, ids)
-      [add] b = Add(a, x)
-      [fc] c = MatMul(b, w)
-      [act] y = Tanh(c)
-    }
-    """
-    path = saved(model_of(text, table=(7, 16), w=(16, 16)), tmp_path)
-    ids = np.random.default_rng(0).integers(0, 7, (12, 5))
-    report = optimize(path, {"ids": ids, **normal((12, 5, 16))}, repair=False)
-    assert precision_of(report)["fc"] == "integer"
-    assert engine(report).sqnr_db > 25.0
-    assert [v.name for v in onnx.load(report.output).graph.input] == ["ids", "x"]
-
-
-def test_dynamic_activations(tmp_path: Path) -> None:
-    text = """
-    <ir_version: 10, opset_import: ["": 21]>
-    g (float[N,5,16] x) => (float[N,5,16] y) {
-      [fc] a = MatMul(x, w)
-      [act] b = Tanh(a)
-      [out] y = MatMul(b, v)
-    }
-    """
-    path = saved(model_of(text, w=(16, 16), v=(16, 16)), tmp_path)
-    report = optimize(path, normal((12, 5, 16)), activations="dynamic", repair=False)
-    counts = engine(report).op_counts
-    assert counts["DynamicQuantizeMatMul"] == 2
-    assert engine(report).sqnr_db > 30.0
-    session = ort.InferenceSession(report.output, providers=["CPUExecutionProvider"])
-    for batch in (1, 3):  # the batch stays free
-        assert session.run(None, normal((batch, 5, 16)))[0].shape == (batch, 5, 16)
-
-
-def rows(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """One dict per entry of axis 0, which stays as a batch of one."""
-    count = len(next(iter(arrays.values())))
-    return [{name: a[i : i + 1] for name, a in arrays.items()} for i in range(count)]
-
-
-# ------------------------------------------------------------- statistics, plan, compare, verify
-
-
-def test_statistics_of_one_pass_serve_every_target(tmp_path: Path) -> None:
-    path = saved(small_model(), tmp_path)
-    stats = qpass.calibrate(path, data=normal(), output=tmp_path / "s.npz")
-    for target in ("ort-x86", "openvino", "qnn-htp"):
-        report = optimize(
-            path, normal(), target=target, stats=str(stats), output=tmp_path / f"{target}.onnx"
-        )
-        assert report.cost.samples == 12  # of the file: nothing was held out there
-
-
-def test_merged_shards_are_the_whole(tmp_path: Path) -> None:
-    from qpass.calibrate import load_stats, merge_stats
-
-    path = saved(small_model(), tmp_path)
-    whole = qpass.calibrate(path, data=normal(), output=tmp_path / "whole.npz", target="ort-x86")
-    parts = [
-        qpass.calibrate(
-            path, data=normal(), output=tmp_path / f"{i}.npz", target="ort-x86", shard=(i, 3)
-        )
-        for i in range(3)
-    ]
-    stats, meta = load_stats(whole)
-    merged, merged_meta = merge_stats(parts)
-    assert merged.keys() == stats.keys()
-    assert merged_meta["samples"] == meta["samples"] == "12"
-    for name in stats:
-        one, other = stats[name].to_arrays(), merged[name].to_arrays()
-        for key in ("integers", "counts"):  # numbers of values and samples, histogram
-            np.testing.assert_array_equal(one[key], other[key])
-        # Lowest and highest are exact; a sum of weights is rounded in another order.
-        np.testing.assert_allclose(one["floats"], other["floats"], rtol=1e-12)
-
-
-def test_edited_plan_makes_a_node_float_and_pins_a_range(tmp_path: Path) -> None:
-    path = saved(small_model(), tmp_path)
-    data = json.loads(qpass.plan(path).to_json())
-    for node in data["nodes"]:
-        if node["name"] == "c1":
-            node.update(precision="float", because="by hand")
-    next(t for t in data["tensors"] if t["tensor"] == "x")["range"] = [-2.0, 2.0]
-    edited = tmp_path / "plan.json"
-    edited.write_text(json.dumps(data))
-    report = optimize(path, normal(), plan=str(edited), repair=False)
-    node = next(node for node in report.graph_map if node.name == "c1")
-    assert (node.precision, node.because) == ("float", "by hand")
-    constants = {
-        p.name: onnx.numpy_helper.to_array(p) for p in onnx.load(report.output).graph.initializer
-    }
-    assert constants["x_scale"] == np.float32(4.0 / 255)
-
-
-def test_cache_gives_the_same_file(tmp_path: Path) -> None:
-    path, cache = saved(small_model(), tmp_path), tmp_path / "cache"
-    first = optimize(path, normal(), cache=str(cache), output=tmp_path / "a.onnx", repair=False)
-    again = optimize(path, normal(), cache=str(cache), output=tmp_path / "b.onnx", repair=False)
-    assert "statistics came from the cache" in again.notes
-    assert "statistics came from the cache" not in first.notes
-    assert Path(first.output).read_bytes() == Path(again.output).read_bytes()
-
-
-def test_compare_pairs_layers_by_name(tmp_path: Path) -> None:
-    path = saved(small_model(), tmp_path)
-    report = optimize(path, normal(), repair=False)
-    found = qpass.compare(path, report.output, data=normal(), samples=4)
-    assert [row.name for row in found] == ["c0", "c1", "head"]
-    assert all(20.0 < row.sqnr_db < 80.0 for row in found)
-    same = qpass.compare(path, path, data=normal(), samples=4)
-    assert all(row.max_abs == 0.0 for row in same)
-
-
-def test_verify_reads_back_any_file(tmp_path: Path) -> None:
-    path = saved(small_model(), tmp_path)
-    report = optimize(path, normal(), repair=False)
-    (found,) = qpass.verify(
-        report.output, reference=path, data=normal(), engines=("ort",), samples=4
-    )
-    assert found.integer_ops == 3
-    assert found.latency_ms is not None
-    (alone,) = qpass.verify(report.output, engines=("ort",))
-    assert (alone.integer_ops, alone.sqnr_db, alone.speedup) == (3, None, None)
 
 
 def test_failure_leaves_the_folder_as_it_was(

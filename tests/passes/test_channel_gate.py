@@ -13,7 +13,7 @@ from qpass.passes.compensate import compensate
 from qpass.passes.compensation import as_ranges
 from qpass.passes.scale_matters import scale_matters
 from tests.passes.test_channel_affine import groups_of
-from tests.passes.test_compensate import batches_of, mlp, run
+from tests.truncated import batches_of, mlp, run
 
 
 def test_every_channel_that_got_less_is_named_with_the_reason():

@@ -12,7 +12,7 @@ import pytest
 from qpass.block_stage import integer_specs
 from qpass.graph import Graph, array_of
 from qpass.passes import compensate_blocks as module
-from qpass.passes.block_rows import strides_of, to_rows
+from qpass.passes.block_rows import to_rows
 from qpass.passes.compensate_blocks import compensate_blocks
 from qpass.passes.model_gate import judge, outputs_of
 from qpass.planner import plan as make_plan
@@ -23,6 +23,7 @@ from qpass.submodel import Submodel
 from qpass.targets import load_target
 from qpass.verify import open_engine, read_back
 from qpass.verify.metrics import sqnr_db
+from tests.linear_blocks import MAPS, METHODS, ROWS, TOKENS, batches_of, linear_block, outputs
 from tests.small_models import (
     Array,
     Feeds,
@@ -31,56 +32,11 @@ from tests.small_models import (
     minmax,
     policy_of,
     residual_cnn,
-    run,
     transformer,
     weights,
 )
 
 ORT = load_target("ort-x86")
-METHODS = ("qwt", "nbc")
-
-TOKENS = """
-<ir_version: 10, opset_import: ["": 21]>
-tokens (float[N,5,16] x) => (float[N,5,16] y)
-{ f0 = MatMul (x, w)  f = Add (f0, b)  y = Add (x, f) }
-"""
-ROWS = """
-<ir_version: 10, opset_import: ["": 21]>
-rows (float[N,16] x) => (float[N,16] y) { f = Gemm (x, w, b)  y = Add (x, f) }
-"""
-MAPS = """
-<ir_version: 10, opset_import: ["": 21]>
-maps (float[N,16,8,8] x) => (float[N,32,4,4] y)
-{
-    s = Conv <strides = [2, 2]> (x, s_w)
-    f = Conv <strides = [2, 2]> (x, w, b)
-    y = Add (f, s)
-}
-"""
-
-
-def linear_block(text: str, *, seed: int) -> Graph:
-    """A block whose branch is linear: what a wrong weight does to it is linear in its input."""
-    random = np.random.default_rng(seed)
-    skip = np.random.default_rng(1)
-    shape = (32, 16, 1, 1) if text is MAPS else (16, 16)
-    constants = {"w": weights(random, *shape, fan_in=16)}
-    constants["b"] = random.standard_normal(shape[0]).astype(np.float32)
-    if text is MAPS:
-        constants["s_w"] = weights(skip, *shape, fan_in=16)
-    return from_text(text, **constants)
-
-
-def batches_of(graph: Graph, count: int = 8, samples: int = 4, seed: int = 3) -> list[Feeds]:
-    random = np.random.default_rng(seed)
-    (tensor,) = graph.inputs
-    shape = [samples if isinstance(size, str) else size for size in tensor.shape]
-    return [{tensor.name: random.standard_normal(shape).astype(np.float32)} for _ in range(count)]
-
-
-def outputs(graph: Graph | onnx.ModelProto, batches: list[Feeds]) -> Array:
-    model = graph.to_model() if isinstance(graph, Graph) else graph
-    return np.concatenate([next(iter(run(model, feeds).values())) for feeds in batches])
 
 
 @pytest.mark.parametrize("text", [TOKENS, ROWS, MAPS], ids=["tokens", "rows", "maps"])
@@ -185,6 +141,19 @@ def test_an_offset_alone_costs_nothing() -> None:
     assert Counter(node.op for node in shifted.nodes) == structure
     unseen = batches_of(reference, 2, seed=9)
     np.testing.assert_allclose(outputs(shifted, unseen), outputs(reference, unseen), atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_verdict_is_that_of_the_judges(apart: bool) -> None:
+    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
+    batches, plain = batches_of(reference), wrong.copy()
+    judges = [{name: array * np.float32(3) for name, array in batches[0].items()}]
+    result = compensate_blocks(reference, wrong, batches, judges=judges if apart else ())
+    judged = judges if apart else batches[-max(1, len(batches) // 4) :]
+    names = [tensor.name for tensor in reference.outputs]
+    expected = judge(*(outputs_of(g, judged, names) for g in (reference, plain, wrong)))
+    assert result.verdict is not None
+    assert result.verdict.before_db == pytest.approx(expected.before_db, abs=1e-3)
 
 
 def quantized(
@@ -303,168 +272,11 @@ def test_the_map_runs_in_integers(network, tmp_path: Path) -> None:
         assert added == {"MatMulIntegerToFloat": 1, "Add": 1}
 
 
-# ------------------------------------------------------------------ refusals
-
-
-def refused(reference: Graph, graph: Graph, batches: list[Feeds], **options: object) -> list[str]:
-    """Compensate, and check that nothing was touched."""
-    before = graph.fingerprint()
-    result = compensate_blocks(reference, graph, batches, **options)
-    assert (result.method, result.report.changed) == ("none", 0)
-    assert (result.added_nodes, result.added_parameters, result.added_macs) == (0, 0, 0)
-    assert graph.fingerprint() == before
-    return [refusal.reason for refusal in result.report.refusals]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_useless_fit_is_refused_with_its_number(method: str) -> None:
-    """An error that looks like noise: rounding of the branch to a coarse grid."""
-    reference = linear_block(TOKENS, seed=5)
-    coarse = from_text(
-        TOKENS.replace("f = Add (f0, b)", "f1 = Add (f0, b) i = Round (f1) f = Identity (i)"),
-        **{name: array_of(reference.tensors()[name]) for name in "wb"},
-    )
-    fine = batches_of(reference, 8)
-    reasons = refused(reference, coarse, fine, method=method)
-    assert len(reasons) == 1
-    assert "no map helps on samples left out: R2 -0." in reasons[0]
-
-
-def test_the_model_gate_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fit that is good on its block and bad for the model: the map is replaced by a wrong one."""
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    original = module.fit_block
-
-    def misfit(*arguments, **options):
-        fit = original(*arguments, **options)
-        fit.mapped.linear.weight[...] *= -1.0
-        return fit
-
-    monkeypatch.setattr(module, "fit_block", misfit)
-    (reason,) = refused(reference, wrong, batches_of(reference))
-    assert reason.startswith("no sure improvement: ")
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_the_verdict_is_that_of_the_judges(apart: bool) -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    batches, plain = batches_of(reference), wrong.copy()
-    judges = [{name: array * np.float32(3) for name, array in batches[0].items()}]
-    result = compensate_blocks(reference, wrong, batches, judges=judges if apart else ())
-    judged = judges if apart else batches[-max(1, len(batches) // 4) :]
-    names = [tensor.name for tensor in reference.outputs]
-    expected = judge(*(outputs_of(g, judged, names) for g in (reference, plain, wrong)))
-    assert result.verdict is not None
-    assert result.verdict.before_db == pytest.approx(expected.before_db, abs=1e-3)
-
-
-def test_one_batch_has_nothing_to_judge_by() -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    (reason,) = refused(reference, wrong, batches_of(reference, 1))
-    assert "only one batch" in reason
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_one_sample_has_nothing_to_leave_out(method: str) -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    (reason,) = refused(reference, wrong, batches_of(reference, 2, samples=1), method=method)
-    assert reason == "there is one sample to fit to: none could be left out"
-
-
-def test_batches_of_one_sample_are_dealt_out() -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    result = compensate_blocks(reference, wrong, batches_of(reference, 16, samples=1))
-    assert result.method == "qwt"
-
-
-def test_a_model_without_blocks() -> None:
-    text = TOKENS.replace("y = Add (x, f)", "y = Relu (f)")
-    reference, wrong = linear_block(text, seed=5), linear_block(text, seed=6)
-    assert refused(reference, wrong, batches_of(reference)) == ["the model has no residual block"]
-
-
-def test_a_sum_that_is_computed_in_another_way() -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    wrong.node("node_y").op = "Sum"
-    assert refused(reference, wrong, batches_of(reference)) == [
-        "the quantized graph computes its sum in another way"
-    ]
-
-
-def test_a_map_that_does_not_fit_into_memory() -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    (reason,) = refused(reference, wrong, batches_of(reference), memory_bytes=1 << 10)
-    assert reason == "a map of 16 x 16 channels takes 16 KiB to fit"
-
-
-def test_inputs_that_do_not_lie_on_the_output() -> None:
-    """A valid 3x3 convolution: 8 positions become 6, no 1x1 convolution does that."""
-    body = """
-    s = Conv (x, s_w)  f = Conv (x, w, b)  y = Add (f, s)
-    """
-    text = MAPS[: MAPS.index("{")].replace("32,4,4", "32,6,6") + "{" + body + "}"
-    made = []
-    for seed in (5, 6):
-        random = np.random.default_rng(seed)
-        made.append(
-            from_text(
-                text, w=weights(random, 32, 16, 3, 3, fan_in=144), b=np.ones(32, np.float32),
-                s_w=weights(np.random.default_rng(1), 32, 16, 3, 3, fan_in=144),
-            )
-        )  # fmt: skip
-    (reason,) = refused(*made, batches_of(made[0]))
-    assert reason == "its input [4, 16, 8, 8] does not lie on its output [4, 32, 6, 6]"
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_broken_activations(value: float) -> None:
-    reference, wrong = linear_block(TOKENS, seed=5), linear_block(TOKENS, seed=6)
-    batches = batches_of(reference)
-    batches[0]["x"][0, 0, 0] = value
-    with np.errstate(invalid="ignore"):
-        (reason,) = refused(reference, wrong, batches)
-    assert reason == "its activations hold NaN or infinity"
-
-
 def test_integer_sums_take_no_float_map() -> None:
     reference = residual_cnn()
     _, (result,) = quantized(reference, "w3a8", feeds_of(reference, 16), "qwt", integer=None)
     assert result.method == "none"
     assert "its sum runs in integers" in result.report.refusals[0].reason
-
-
-# ------------------------------------------------------------------ rows
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "axis", "strides"),
-    [
-        ((2, 5, 16), (2, 5, 16), -1, ()),
-        ((2, 16), (2, 32), -1, ()),
-        ((2, 8, 9, 7), (2, 8, 9, 7), 1, (1, 1)),
-        ((2, 8, 56, 55), (2, 16, 28, 28), 1, (2, 2)),
-        ((2, 8, 10), (2, 8, 4), 1, (3,)),
-        ((2, 5, 16), (2, 6, 16), -1, None),
-        ((2, 8, 8, 8), (2, 8, 6, 6), 1, None),
-        ((2, 8, 4, 4), (2, 8, 8, 8), 1, None),
-        ((2, 8, 4, 4), (4, 8, 4, 4), 1, None),
-        ((2, 16), (2, 1, 16), -1, None),
-    ],
-)
-def test_strides(before, after, axis, strides) -> None:
-    assert strides_of(before, after, axis) == strides
-
-
-def test_rows_are_those_that_the_convolution_sees() -> None:
-    x = np.random.default_rng(0).standard_normal((2, 8, 7, 6)).astype(np.float32)
-    weight = np.eye(8, dtype=np.float32)[:, :, None, None]
-    graph = from_text(
-        '<ir_version: 10, opset_import: ["": 21]> g (float[2,8,7,6] x) => (float[2,8,4,2] y)'
-        " { y = Conv <strides = [2, 3]> (x, w) }",
-        w=weight,
-    )
-    taken = to_rows(x, 1, (2, 3))
-    np.testing.assert_array_equal(taken, to_rows(outputs(graph, [{"x": x}]), 1, (1, 1)))
 
 
 def test_the_integers_of_a_target() -> None:

@@ -1,0 +1,106 @@
+"""Whole runs of unusual models: a body, half precision, a data file, two inputs, dynamic ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from tests.jobs import (
+    engine,
+    model_of,
+    normal,
+    op_types,
+    optimize,
+    precision_of,
+    saved,
+    small_model,
+)
+
+
+def rows(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """One dict per entry of axis 0, which stays as a batch of one."""
+    count = len(next(iter(arrays.values())))
+    return [{name: a[i : i + 1] for name, a in arrays.items()} for i in range(count)]
+
+
+def test_body_of_if_is_kept(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    g (float[N,3,8,8] x, bool[1] c) => (float[N,8,8,8] y) {
+      [conv] a = Conv<pads = [1,1,1,1]>(x, w)
+      [if] b = If(c) <
+        then_branch = t () => (float[N,8,8,8] p) { p = Relu(a) },
+        else_branch = e () => (float[N,8,8,8] q) { q = Neg(a) }
+      >
+      [last] y = Conv<pads = [1,1,1,1]>(b, v)
+    }
+    """
+    path = saved(model_of(text, w=(8, 3, 3, 3), v=(8, 8, 3, 3)), tmp_path)
+    samples = [{**row, "c": np.array([True])} for row in rows(normal((8, 3, 8, 8)))]
+    report = optimize(path, samples, calibrate="minmax", repair=False)
+    assert "If" in op_types(report.output)
+    assert precision_of(report)["last"] == "integer"
+    assert engine(report).sqnr_db > 25.0  # measured: 37
+
+
+def test_half_precision_model(tmp_path: Path) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    half = convert_float_to_float16(small_model())
+    report = optimize(saved(half, tmp_path), {"x": normal()["x"].astype(np.float16)})
+    graph = onnx.load(report.output).graph
+    half_type = onnx.TensorProto.FLOAT16
+    assert [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)] == [half_type] * 2
+    assert engine(report).integer_ops == 3
+    assert engine(report).sqnr_db > 25.0
+
+
+def test_external_data(tmp_path: Path) -> None:
+    path = tmp_path / "big.onnx"
+    onnx.save(
+        small_model(), path, save_as_external_data=True, size_threshold=64, location="big.data"
+    )
+    report = optimize(path, normal())
+    assert report.ok
+    assert engine(report).sqnr_db > 25.0
+    assert report.sizes.float_bytes == path.stat().st_size + (tmp_path / "big.data").stat().st_size
+
+
+def test_two_inputs_one_of_them_integer(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    g (int64[N,5] ids, float[N,5,16] x) => (float[N,5,16] y) {
+      [embed] a = Gather(table, ids)
+      [add] b = Add(a, x)
+      [fc] c = MatMul(b, w)
+      [act] y = Tanh(c)
+    }
+    """
+    path = saved(model_of(text, table=(7, 16), w=(16, 16)), tmp_path)
+    ids = np.random.default_rng(0).integers(0, 7, (12, 5))
+    report = optimize(path, {"ids": ids, **normal((12, 5, 16))}, repair=False)
+    assert precision_of(report)["fc"] == "integer"
+    assert engine(report).sqnr_db > 25.0
+    assert [v.name for v in onnx.load(report.output).graph.input] == ["ids", "x"]
+
+
+def test_dynamic_activations(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    g (float[N,5,16] x) => (float[N,5,16] y) {
+      [fc] a = MatMul(x, w)
+      [act] b = Tanh(a)
+      [out] y = MatMul(b, v)
+    }
+    """
+    path = saved(model_of(text, w=(16, 16), v=(16, 16)), tmp_path)
+    report = optimize(path, normal((12, 5, 16)), activations="dynamic", repair=False)
+    counts = engine(report).op_counts
+    assert counts["DynamicQuantizeMatMul"] == 2
+    assert engine(report).sqnr_db > 30.0
+    session = ort.InferenceSession(report.output, providers=["CPUExecutionProvider"])
+    for batch in (1, 3):  # the batch stays free
+        assert session.run(None, normal((batch, 5, 16)))[0].shape == (batch, 5, 16)
