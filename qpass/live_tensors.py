@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qpass.arena import give_back, give_back_above, resident_bytes
 from qpass.submodel import Feeds
 
 Array = NDArray[Any]
@@ -47,6 +48,8 @@ class Store:
         self._budget, self._folder, self._next_use = budget, folder, next_use
         self._held: dict[tuple[Side, str, int], Array] = {}
         self._files: dict[tuple[Side, str, int], tuple[Path, Any, tuple[int, ...]]] = {}
+        # More than this is not what lives: see `qpass.arena`.
+        self.most = resident_bytes() + budget + budget // 4
         self.held_bytes = 0
         self.spilled = 0  # tensors that went to files so far
 
@@ -60,6 +63,7 @@ class Store:
             if not candidates:
                 return  # text has no fixed size and stays
             self._spill(max(candidates, key=lambda k: (self._next_use(k[1]), k[2])))
+            give_back_above(self.most)
 
     def _spill(self, key: tuple[Side, str, int]) -> None:
         array = self._held.pop(key)
@@ -108,6 +112,7 @@ class Store:
             self._files.pop(key)[0].unlink()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, and give the memory back."""
         for name in self.names():
             self.drop(name)
+        give_back()

@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 
 from numpy.typing import NDArray
 
+from qpass.arena import give_back_above
 from qpass.errors import PreconditionError
 from qpass.graph import Graph, Node
 from qpass.live_tensors import LiveFeeds, Side, Store
@@ -159,6 +160,7 @@ class Stream:
             for name in self.store.names():
                 if name not in self._output_names and self._uses[name][-1] <= number:
                     self.store.drop(name)
+            give_back_above(self.store.most)
             if self._progress is not None:
                 self._progress(self._stage, number + 1, len(self.units))
         self._position = len(self.units)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from qpass.arena import USE_ARENA, share_arena
 from qpass.errors import InternalError
 from qpass.graph import Constant, Graph, Node, array_of
 from qpass.protos import has_narrow_activations
@@ -22,7 +21,6 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 
 _ERRORS_ONLY: Final = 3  # onnxruntime's log level
-_AS_REQUESTED: Final = 1  # an arena grows by what is asked for, not to the next power of two
 # Where integer products saturate, Q, DQ and the ops between them run one by one, in float, which is
 # what the file says. The exact integer kernels of `qpass.saturation` will not do: version 1.31
 # fails to make them where weights have no zero points or share them. It also keeps float weights
@@ -35,23 +33,6 @@ _FLOAT_ACTIVATIONS: Final = ("session.qdq_matmulnbits_accuracy_level", "1")
 # does not match y_zero_point type UINT8"). Results rewrite such biases, see `lower`.
 # The other one fuses Clip with the Q behind it and takes a zero point of 4 bits for an error.
 SKIPPED_OPTIMIZERS: Final = ["MatMulAddFusion", "ClipQuantRewrite"]
-
-
-@cache
-def share_arena() -> None:
-    """Give the sessions of this process that ask for it one arena of memory.
-
-    An arena of each short session's own means fresh pages for all of them. Measured on a walk with
-    a budget of 64 MiB: 62 MiB above what it began with instead of 95, and half of the time that
-    the system took.
-    """
-    info = ort.OrtMemoryInfo(
-        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-    )
-    with contextlib.suppress(RuntimeError):  # whoever imports qpass may have registered one
-        ort.create_and_register_allocator(
-            info, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED})
-        )
 
 
 def slice_nodes(
@@ -156,7 +137,7 @@ class Submodel:
         # Runs are short and many: threads that wait in a loop take the time of those that work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         share_arena()
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry(*USE_ARENA)
         # Where weights alone are integers, the engine's default rounds the activations to 8 bits
         # for the product on a CPU with VNNI: corrections would chase that noise.
         options.add_session_config_entry(*_FLOAT_ACTIVATIONS)

@@ -17,7 +17,7 @@ Preconditions
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -40,7 +40,10 @@ DOMAINS: Final = (None, "", "ai.onnx")
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One node, or a Q with the DQ behind it (`quantizes`); `narrow` is for some of `run`."""
+    """One node, or a Q with the DQ behind it (`quantizes`); `narrow` is for some of `run`.
+
+    No later step reads the tensors that are named in `last`.
+    """
 
     name: str
     run: Callable[..., Any]
@@ -49,6 +52,7 @@ class _Step:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     quantizes: bool = False
+    last: tuple[str, ...] = ()
 
 
 class Executor:
@@ -114,22 +118,30 @@ class Executor:
         """
         scaled, added = scaled or {}, added or {}
         values: dict[str, Any] = {"": None, **self._constants, **given}
+        wanted = set(outputs)
         for step in self._steps:
-            if all(name in given for name in step.outputs):
-                continue
-            operands = [values[name] for name in step.inputs]
-            try:
-                result = (step.narrow if narrow else step.run)(step.attrs, *operands)
-            except UnsupportedOpError as error:
-                raise UnsupportedOpError(error.what, where=step.name) from error
-            if step.quantizes and mix is not None:
-                result = mix(operands[0], result)
-            results = result if isinstance(result, tuple) else (result,)
-            for name, value in zip(step.outputs, results, strict=False):
-                if name not in given:
-                    value = value * scaled[name] if name in scaled else value
-                    values[name] = value + added[name] if name in added else value
+            if any(name not in given for name in step.outputs):
+                for name, value in zip(
+                    step.outputs, _results(step, values, mix, narrow), strict=False
+                ):
+                    if name not in given:
+                        value = value * scaled[name] if name in scaled else value
+                        values[name] = value + added[name] if name in added else value
+            for name in step.last:
+                if name not in wanted:
+                    values.pop(name, None)
         return tuple(values[name] for name in outputs)
+
+
+def _results(step: _Step, values: Tensors, mix: Mix | None, narrow: bool) -> tuple[Any, ...]:
+    operands = [values[name] for name in step.inputs]
+    try:
+        result = (step.narrow if narrow else step.run)(step.attrs, *operands)
+    except UnsupportedOpError as error:
+        raise UnsupportedOpError(error.what, where=step.name) from error
+    if step.quantizes and mix is not None:
+        result = mix(operands[0], result)
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _steps_of(nodes: Sequence[Node]) -> list[_Step]:
@@ -156,7 +168,18 @@ def _steps_of(nodes: Sequence[Node]) -> list[_Step]:
                     quantizes=quantizer is not None,
                 )
             )
-    return steps
+    return _with_last(steps)
+
+
+def _with_last(steps: Sequence[_Step]) -> list[_Step]:
+    """Say of each step what no later one reads, so that it need not be kept."""
+    seen = {""}
+    found = []
+    for step in reversed(steps):
+        last = tuple({*step.inputs, *step.outputs} - seen)
+        seen.update(last)
+        found.append(replace(step, last=last))
+    return found[::-1]
 
 
 def _closed_quantizers(nodes: Sequence[Node]) -> dict[int, Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from typing import Any
 
 import numpy as np
@@ -259,3 +260,26 @@ def test_what_is_given_stands_for_constants_and_nodes() -> None:
     assert torch.equal(y, x * executor.constant("v8") * 2.0)
     (y,) = executor.run({"a": x}, ["y"])
     assert torch.equal(y, x + executor.constant("b8"))
+
+
+def test_what_nothing_reads_any_more_is_not_kept() -> None:
+    body = """
+        q = QuantizeLinear (x, step, u128)
+        a = DequantizeLinear (q, step, u128)
+        b = Relu (a)
+        p = QuantizeLinear (b, step, u128)
+        c = DequantizeLinear (p, step, u128)
+        y = Relu (c)
+    """
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def mix(_: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        alive.extend(one() is not None for one in made)
+        made.append(weakref.ref(quantized))
+        return quantized
+
+    with torch.no_grad():
+        x = torch.from_numpy(input_of(TOKENS))
+        Executor(list(graph_of(TOKENS, body).nodes)).run({"x": x}, ["y"], mix=mix)
+    assert alive == [False]  # `a`, when `c` is made
