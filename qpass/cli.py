@@ -162,7 +162,7 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["auto", "norm", "gradient"]),
     help="What rows count to the rounding: by norms, or by gradients (auto: those with adaround).",
 )
-@click.option("--iterations", type=int, help="Of adaround, for each unit (default 1200).")
+@click.option("--iterations", type=int, help="Of adaround, for each unit (default 300).")
 @click.option(
     "--tune",
     type=int,

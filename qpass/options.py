@@ -70,7 +70,7 @@ class Options:
     round: RoundMethod = "auto"  # gptq with refits where activations are quantized
     weight_range: WeightRange = "auto"  # auto: by the rounding, see `qpass.choose`
     row_weights: RowWeights = "auto"  # of the rounding; auto: gradient with adaround, else norm
-    iterations: int = 1200  # of adaround, for each unit
+    iterations: int = 300  # of adaround, for each unit
     # Steps that learn gains and offsets by gradients of the outputs; None: some with adaround.
     tune: int | None = None
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
