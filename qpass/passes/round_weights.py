@@ -168,7 +168,7 @@ def round_weights(
     holdout: float = 0.25,
     threads: int | None = None,
     seed: int = 0,
-    iterations: int = 1200,
+    iterations: int = 300,
     coarse: Collection[str] = (),
     free_steps: Collection[str] = (),
     rescale: bool = True,
