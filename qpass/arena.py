@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import resource
+import mmap
 import sys
 from functools import cache
 from pathlib import Path
@@ -69,7 +69,7 @@ def resident_bytes() -> int:
         pages = int(_PAGES.read_text(encoding="ascii").split()[1])
     except OSError:
         return 0
-    return pages * resource.getpagesize()
+    return pages * mmap.PAGESIZE
 
 
 @cache

@@ -21,9 +21,7 @@ from qpass.errors import ModelError
 from qpass.skim import skim
 
 FOUR_BITS: Final = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-ZERO_POINT: Final = (
-    2  # its number among the inputs of QuantizeLinear; its type is that of the output
-)
+ZERO_POINT: Final = 2  # number of the input of QuantizeLinear that has the type of its output
 _COMPILE: Final = (
     "import json, sys, openvino;"
     "openvino.Core().compile_model(sys.argv[1], 'CPU', json.loads(sys.argv[2]))"
