@@ -40,8 +40,8 @@ from qpass.runtime_cost import runtime_costs
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
 from qpass.verify.check import Reference, check_engine
-from qpass.verify.host import session_entries
-from qpass.verify.session import recorded_entries
+from qpass.verify.host import recorded_config
+from qpass.verify.session import loading_note
 
 # A float graph this many times its file does not fit: weights, their packed copy, activations.
 FLOAT_MEMORY_FACTOR: Final = 2.0
@@ -160,6 +160,8 @@ def optimize(
                 run.layers = _layers(run, held[:LAYER_SAMPLES])
         metric = evaluate_metric(run, trial)
     gates = gates_of(run, metric)
+    if run.plan is not None:
+        run.notes += loading_note(run.plan, run.target.own_engine, settings.accuracy_level)
     if not all(gate.passed for gate in gates):
         final = final.with_name(f"{final.stem}.rejected{final.suffix}")
     with run.stages.stage("write"):
@@ -324,9 +326,6 @@ def verify(
         load_model(base)  # a clear error when it is not a float model
     compared = Reference.run(base, feeds, threads=settings.jobs)
     metadata = read_metadata(path)
-    made_for = TARGETS.get(metadata.get("qpass.target", ""))
-    entries = session_entries(made_for) if made_for is not None else {}
-    entries |= recorded_entries(metadata)
     reports = []
     for engine in engines_for(run):
         with tempfile.TemporaryDirectory() as folder:
@@ -339,7 +338,7 @@ def verify(
                     reference=compared,
                     workdir=Path(folder),
                     seconds=TIMING_SECONDS if reference is not None else 0.0,
-                    session_config=entries if engine == "ort" else None,
+                    session_config=recorded_config(metadata, engine),
                 )
             )
     return reports

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from qpass.result import score_file
 from qpass.run import Run
 from qpass.verify.check import Reference
-from qpass.verify.engines import EngineName, open_engine
-from qpass.verify.host import session_entries
+from qpass.verify.engines import open_engine
+from qpass.verify.host import config_for
 from qpass.verify.metrics import ErrorMeter
-from qpass.verify.session import entries_for
 
 Feeds = Mapping[str, NDArray[Any]]
 Score = Callable[[Path], float]  # larger is better
@@ -37,12 +36,11 @@ class Budget:
 def sqnr_budget(run: Run, wanted: float, held: Sequence[Feeds]) -> Budget:
     """Return the budget of `--min-sqnr`: the worst output on held-out samples, in dB."""
     reference = Reference.run(run.source, held, threads=run.options.jobs)
-    engine: EngineName = "openvino" if run.target.engine == "openvino" else "ort"
+    engine = run.target.own_engine
 
     def score(path: Path) -> float:
         assert run.plan is not None
-        entries = entries_for(run.plan, run.target, run.options.accuracy_level)
-        config = {**session_entries(run.target), **entries} if engine == "ort" else {}
+        config = config_for(run.plan, run.target, engine, run.options.accuracy_level)
         runner = open_engine(engine, path, session_config=config, threads=run.options.jobs)
         meters = [ErrorMeter() for _ in runner.output_names]
         for feeds, expected in zip(reference.feeds, reference.outputs, strict=True):

@@ -99,7 +99,7 @@ def engine_of(target: Target) -> EngineName:
             f"layers for {target.name} cannot be timed: its engine does not run here",
             fix="use --mixed-cost size",
         )
-    name: EngineName = "openvino" if target.engine == "openvino" else "ort"
+    name = target.own_engine
     if name not in available_engines():
         raise RecipeError(
             f"layers for {target.name} cannot be timed: {name} is not installed",

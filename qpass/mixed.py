@@ -42,8 +42,7 @@ from qpass.report.model import MixedReport
 from qpass.run import Run, metadata_of
 from qpass.sensitivity import LayerError, measure
 from qpass.units import is_weighted
-from qpass.verify.host import session_entries
-from qpass.verify.session import entries_for, recorded_entries
+from qpass.verify.host import config_for, recorded_config
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -168,13 +167,13 @@ def _times(
 ) -> Mapping[str, Array]:
     """Return the milliseconds of each layer at each level, in the target's own engine."""
     assert run.graph is not None
-    entries = session_entries(run.target)
+    engine = engine_of(run.target)
     variants = [
         Variant(
             graph=build_quantized(run.graph, d.plan, d.qtable, run.target, d.policy)[0],
             plan=d.plan,
             qparams=d.qtable.qparams,
-            config={**entries, **entries_for(d.plan, run.target, run.options.accuracy_level)},
+            config=config_for(d.plan, run.target, engine, run.options.accuracy_level),
         )
         for d in drafts
     ]
@@ -183,7 +182,7 @@ def _times(
         levels,
         variants,
         sample,
-        engine_of(run.target),
+        engine,
         threads=run.options.jobs or 1,
         progress=run.progress,
     )
@@ -313,9 +312,7 @@ def _model_times(run: Run, numbers: Sequence[int], folder: Path, sample: Feeds) 
     """Return the milliseconds of whole plans that were built, interleaved."""
     engine = engine_of(run.target)
     paths = [_file(folder, number) for number in numbers]
-    configs = [
-        {**session_entries(run.target), **recorded_entries(read_metadata(path))} for path in paths
-    ]
+    configs = [recorded_config(read_metadata(path), engine) for path in paths]
     found = time_models(engine, paths, configs, sample, threads=run.options.jobs or 1)
     return dict(zip(numbers, found, strict=True))
 

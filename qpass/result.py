@@ -105,7 +105,7 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
     own = run.engines[0] if run.engines else None
     if own is not None:
         gates += _engine_gates(run, own)
-    primary = "openvino" if run.target.engine == "openvino" else "ort"
+    primary = run.target.own_engine
     if primary in run.failures:
         gates.append(
             Gate(

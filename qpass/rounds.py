@@ -25,7 +25,7 @@ from qpass.run import Run, metadata_of
 from qpass.verify import available_engines, profile_ort, read_back
 from qpass.verify.check import Reference, check_engine
 from qpass.verify.engines import EngineError, EngineName
-from qpass.verify.host import saturation_note, session_entries, shows_speed
+from qpass.verify.host import config_for, saturation_note, shows_speed
 from qpass.verify.profile_openvino import profile_openvino, time_of
 from qpass.verify.repair import (
     MAX_ROUNDS,
@@ -35,7 +35,6 @@ from qpass.verify.repair import (
     repair_slow,
     worth_repairing,
 )
-from qpass.verify.session import entries_for
 from qpass.verify.trace import trace
 
 TIMING_SECONDS: Final = 0.6  # per engine
@@ -49,7 +48,7 @@ def engines_for(run: Run) -> list[EngineName]:
     Raises:
         RecipeError: the user asked for an engine that is not there.
     """
-    own: EngineName = "openvino" if run.target.engine == "openvino" else "ort"
+    own = run.target.own_engine
     installed = available_engines()
     for name in run.options.engines:
         if name not in VERIFYING:
@@ -175,8 +174,7 @@ def _check_all(
     reports: list[EngineReport] = []
     failures: dict[str, str] = {}
     assert run.plan is not None
-    own = entries_for(run.plan, run.target, run.options.accuracy_level)
-    config = {**session_entries(run.target), **own}
+    level = run.options.accuracy_level
     for engine in engines:
         try:
             reports.append(
@@ -188,7 +186,7 @@ def _check_all(
                     reference=reference,
                     workdir=folder,
                     seconds=TIMING_SECONDS,
-                    session_config=config if engine == "ort" else None,
+                    session_config=config_for(run.plan, run.target, engine, level),
                 )
             )
         except EngineError as error:

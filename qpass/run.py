@@ -27,7 +27,7 @@ from qpass.program import Policy, Precision, Progress
 from qpass.report.model import EngineReport, LayerReport, MixedReport, PassReport, RuntimeCost
 from qpass.stages import Stages
 from qpass.targets import Target, load_target
-from qpass.verify.session import SESSION_KEY, entries_for
+from qpass.verify.session import SESSION_KEY, TARGET_KEY, entries_for
 from qpass.version import __version__
 
 SCALED_KEY: Final = "qpass.scaled"  # in the metadata of a result
@@ -122,13 +122,14 @@ def metadata_of(run: Run) -> dict[str, str]:
     """Return the manifest that goes into the model: what it was made from, and how."""
     options = {k: v for k, v in asdict(run.options).items() if k not in ("report", "cache", "jobs")}
     assert run.plan is not None
-    session = entries_for(run.plan, run.target, run.options.accuracy_level)
+    engine = run.target.own_engine
+    session = entries_for(run.plan, engine, run.options.accuracy_level)
     return {
         **({SCALED_KEY: json.dumps(run.scaled, sort_keys=True)} if run.scaled else {}),
         **({SESSION_KEY: json.dumps(session, sort_keys=True)} if session else {}),
         "qpass.version": __version__,
         "qpass.source_sha256": sha256_of(run.source),
-        "qpass.target": run.target.name,
+        TARGET_KEY: run.target.name,
         "qpass.precision": run.options.precision,
         "qpass.samples_sha256": run.fingerprint,
         "qpass.options": json.dumps(options, sort_keys=True, default=list),

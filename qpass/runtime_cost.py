@@ -12,8 +12,8 @@ from qpass.modelfile import save_model
 from qpass.passes.model_gate import Verdict
 from qpass.report.model import RuntimeCost
 from qpass.run import Run, metadata_of
-from qpass.verify.engines import EngineError, EngineName, open_engine
-from qpass.verify.host import session_entries
+from qpass.verify.engines import EngineError, open_engine
+from qpass.verify.host import config_for
 from qpass.verify.latency import measure_interleaved
 
 
@@ -88,12 +88,13 @@ def _time(
     run: Run, result: Path, samples: Sequence[Mapping[str, Any]], seconds: float
 ) -> tuple[str, tuple[float, float, float] | None]:
     """Return the engine, and the milliseconds without and with compensation and their ratio."""
-    engine: EngineName = "openvino" if run.target.engine == "openvino" else "ort"
+    assert run.plan is not None
+    engine = run.target.own_engine
     if run.plain is None or not samples or engine not in {own.name for own in run.engines}:
         return "", None
     plain = result.with_name(f"{result.stem}.plain{result.suffix}")
     save_model(run.plain, plain, metadata=metadata_of(run))
-    config = session_entries(run.target) if engine == "ort" else None
+    config = config_for(run.plan, run.target, engine, run.options.accuracy_level)
     try:
         with run.stages.stage("verify"):
             pair = [open_engine(engine, file, session_config=config) for file in (plain, result)]

@@ -227,7 +227,7 @@ def _recorded(engine: str, file: Path) -> Mapping[str, str]:
     from qpass.modelfile import read_metadata
     from qpass.verify.session import recorded_entries
 
-    return recorded_entries(read_metadata(file)) if engine == "ort" else {}
+    return recorded_entries(read_metadata(file), engine)
 
 
 def _run_outputs(engine: Any, model: Path) -> Run:

@@ -32,13 +32,11 @@ from qpass.modelfile import load_model, read_metadata, save_model
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
 from qpass.saturation import saturates
-from qpass.targets import load_target
 from qpass.torch import UnifiedNorm
 from qpass.verify.engines import Engine, EngineName, open_engine
-from qpass.verify.host import session_entries
+from qpass.verify.host import recorded_config
 from qpass.verify.latency import measure_interleaved
 from qpass.verify.metrics import sqnr_db
-from qpass.verify.session import recorded_entries
 
 MODELS: Final = Path(__file__).parents[1] / "models"
 PAIR: Final = ("digits", str(MODELS / "digits_vit.onnx"), str(MODELS / "digits_vit_un.onnx"))
@@ -143,11 +141,7 @@ def samples(data: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 def open_file(engine: EngineName, path: Path) -> Engine:
     """Open a file as its metadata ask for, exact on this machine, on one thread."""
-    config: dict[str, str] = {}
-    metadata = read_metadata(path)
-    if engine == "ort" and "qpass.target" in metadata:
-        target = load_target(metadata["qpass.target"])
-        config = {**session_entries(target), **recorded_entries(metadata)}
+    config = recorded_config(read_metadata(path), engine)
     return open_engine(engine, path, session_config=config or None)
 
 

@@ -119,6 +119,11 @@ class Target:
         return next((rule for rule in self.weight_rules if op in rule.ops), None)
 
     @property
+    def own_engine(self) -> Literal["ort", "openvino"]:
+        """The engine that judges a result; onnxruntime stands in for one that does not run here."""
+        return "openvino" if self.engine == "openvino" else "ort"
+
+    @property
     def straight_gemms(self) -> bool:
         """True when the kernel that reads integer weights takes no transposed ones."""
         rule = self.weight_rule_for("Gemm")

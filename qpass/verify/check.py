@@ -101,7 +101,7 @@ def check_engine(
         version=runner.version,
         integer_ops=len(counted),
         planned_integer_ops=_planned(plan, found),
-        float_ops=_float_ops(engine, plan, found, Diagnosis(model)),
+        float_ops=_float_ops(engine, plan, found, Diagnosis(model, session_config)),
         op_counts=census.counts(),
         latency_ms=latency,
         speedup=speedup,

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from qpass.verify.session import IN_FLOAT, recorded_entries
+from qpass.verify.session import IN_FLOAT, INTEGER_PASSES, recorded_entries
 
 # Beside these, an engine's CPU kernels take 8-bit integers only.
 NARROW_TYPES: Final[dict[int, str]] = {
@@ -23,8 +23,11 @@ NARROW_TYPES: Final[dict[int, str]] = {
 class Diagnosis:
     """Reads one QDQ model and explains, node by node, what may have stopped an engine."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        """Index `model`; weights need not be loaded."""
+    def __init__(self, model: onnx.ModelProto, config: Mapping[str, str] | None = None) -> None:
+        """Index `model`, whose weights need not be loaded; `config` is what the engine was given.
+
+        Without it the model's metadata say it.
+        """
         graph = model.graph
         self.nodes = {node.name: node for node in graph.node}
         self.producers = {name: node for node in graph.node for name in node.output}
@@ -34,8 +37,14 @@ class Diagnosis:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
         self.constants: Mapping[str, TensorProto] = {i.name: i for i in graph.initializer}
-        entries = recorded_entries({entry.key: entry.value for entry in model.metadata_props})
-        self.in_float = entries.get(IN_FLOAT) == "1"
+        recorded = {entry.key: entry.value for entry in model.metadata_props}
+        entries = {**recorded_entries(recorded), **(config or {})}
+        # What makes an engine run Q and DQ in float, by engine.
+        self.in_float = {
+            engine: f"{key}={value}"
+            for engine, key, value in (("ort", IN_FLOAT, "1"), ("openvino", INTEGER_PASSES, "NO"))
+            if entries.get(key) == value
+        }
 
     def explain(self, engine: str, name: str) -> tuple[str, str]:
         """Return (rule, reason) for node `name` that `engine` runs in float."""
@@ -54,10 +63,10 @@ class Diagnosis:
         for stored in types:
             if stored in NARROW_TYPES:
                 return rule, f"the engine has no {NARROW_TYPES[stored]} kernel for this op"
-        if engine == "ort" and self.in_float:
+        if engine in self.in_float:
             return rule, (
-                f"onnxruntime runs Q and DQ of this file in float ({IN_FLOAT}=1 in its metadata): "
-                "it has activations of 4 bits"
+                f"the engine runs Q and DQ of this file in float ({self.in_float[engine]}): it has "
+                "activations of 4 bits"
             )
         reason = (
             self._ort_reason(node, types)

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from qpass.plan import Plan
 from qpass.saturation import exact_entries, saturates
-from qpass.targets import Target
-from qpass.verify.engines import KEEP_SIGNED
+from qpass.targets import TARGETS, Target
+from qpass.verify.engines import KEEP_SIGNED, EngineName
+from qpass.verify.session import TARGET_KEY, entries_for, recorded_entries
+
+
+def config_for(plan: Plan, target: Target, engine: EngineName, level: int) -> dict[str, str]:
+    """Return what an engine is given to verify a result: entries of sessions, or properties.
+
+    Args:
+        plan: of the result.
+        target: that it is for.
+        engine: that looks at it.
+        level: accuracy level of onnxruntime's MatMulNBits.
+    """
+    host = session_entries(target) if engine == "ort" else {}
+    return {**host, **entries_for(plan, engine, level)}
+
+
+def recorded_config(metadata: Mapping[str, str], engine: EngineName) -> dict[str, str]:
+    """Return the same for a file, by its metadata; nothing for a file of another maker."""
+    target = TARGETS.get(metadata.get(TARGET_KEY, ""))
+    host = session_entries(target) if target is not None and engine == "ort" else {}
+    return {**host, **recorded_entries(metadata, engine)}
 
 
 def session_entries(target: Target) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The session settings of onnxruntime that decide what a file computes; they go into its metadata.
+"""The settings of an engine that decide what a file computes; they go into its metadata.
 
 MatMulNBits, the kernel for integer weights behind float activations, has an accuracy level. At 4,
 onnxruntime's own choice, activations are rounded to 8 bits block by block inside of the kernel
@@ -9,6 +9,9 @@ and so should whoever loads the file.
 Others keep onnxruntime 1.31.1 from refusing files with activations below 8 bits: its fusion of
 Clip with the Q behind calls their zero points an error, and from 8-bit weights behind them it makes
 integer kernels that it then finds invalid. No CPU kernel has such integers: they run in float.
+
+OpenVINO 2026.4.1 corrupts the memory of its process where it pushes activations of 4 bits through a
+Concat, so its integer transformations are off for such files (`openvino_trial` says more).
 """
 
 from __future__ import annotations
@@ -18,32 +21,56 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qpass.plan import Plan
-from qpass.targets import Target
+from qpass.targets import TARGETS
+from qpass.verify.engines import EngineName
 
 SESSION_KEY: Final = "qpass.session"
+TARGET_KEY: Final = "qpass.target"
 ACCURACY_LEVEL: Final = "session.qdq_matmulnbits_accuracy_level"
 IN_FLOAT: Final = "session.disable_quant_qdq"
 NARROW_IN_FLOAT: Final[Mapping[str, str]] = {
     "optimization.disable_specified_optimizers": "ClipQuantRewrite",
     IN_FLOAT: "1",
 }
+INTEGER_PASSES: Final = "LP_TRANSFORMS_MODE"
+NARROW_IN_OPENVINO: Final[Mapping[str, str]] = {INTEGER_PASSES: "NO"}
 BYTE: Final = 8
 
 
-def entries_for(plan: Plan, target: Target, accuracy_level: int) -> dict[str, str]:
-    """Return the entries that a result needs in onnxruntime; most need none."""
-    if target.engine == "openvino":
-        return {}
+def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str, str]:
+    """Return what a result needs: session entries of onnxruntime, or properties of OpenVINO.
+
+    Most need none.
+    """
+    narrow = any(decision.spec.storage.bits < BYTE for decision in plan.activations())
+    if engine == "openvino":
+        return dict(NARROW_IN_OPENVINO) if narrow else {}
     entries = {}
     if any(node.precision == "weights" for node in plan.nodes):
         entries[ACCURACY_LEVEL] = str(accuracy_level)
-    if any(decision.spec.storage.bits < BYTE for decision in plan.activations()):
+    if narrow:
         entries |= NARROW_IN_FLOAT
     return entries
 
 
-def recorded_entries(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries that the metadata of a file ask for; none for files of other makers."""
+def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[str]:
+    """Say how a result is to be loaded, where that is not as any other file."""
+    entries = entries_for(plan, engine, accuracy_level)
+    if not entries:
+        return []
+    how = "session entries of onnxruntime" if engine == "ort" else "properties of OpenVINO"
+    pairs = ", ".join(f"{key}={value}" for key, value in sorted(entries.items()))
+    return [f"load it with these {how}, which its metadata record as {SESSION_KEY}: {pairs}"]
+
+
+def recorded_entries(metadata: Mapping[str, str], engine: str = "") -> dict[str, str]:
+    """Return the entries that the metadata of a file ask for; none for files of other makers.
+
+    With an `engine`, none for files that were made for the other one.
+    """
+    made_for = TARGETS.get(metadata.get(TARGET_KEY, ""))
+    if engine and made_for is not None and made_for.own_engine != engine:
+        return {}
     try:
         entries: Any = json.loads(metadata.get(SESSION_KEY, "{}"))
     except ValueError:
