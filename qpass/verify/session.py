@@ -11,7 +11,8 @@ Clip with the Q behind calls their zero points an error, and from 8-bit weights 
 integer kernels that it then finds invalid. No CPU kernel has such integers: they run in float.
 
 OpenVINO 2026.4.1 corrupts the memory of its process where it pushes activations of 4 bits through a
-Concat, so its integer transformations are off for such files (`openvino_trial` says more).
+Concat, so its integer transformations are off for such files (`openvino_trial` says more). The
+property is an internal one of its CPU plugin, for there is no public one.
 """
 
 from __future__ import annotations
