@@ -27,6 +27,7 @@ from qpass.verify.metrics import sqnr_db
 from qpass.weights_float import weights_float
 from tests.frozen_networks import Frozen, frozen, on_the_grid, outputs, with_float_weights
 from tests.jobs import optimize, saved
+from tests.linear_blocks import METHODS
 from tests.planning import FULL, ORT, cnn, planned
 from tests.small_models import Array, Feeds, feeds_of, residual_cnn, transformer
 
@@ -35,6 +36,7 @@ LINEAR = {f"node_{name}" for name in ("stem", "a", "b", "c", "logits")}
 ANY = FrozenScale(scale=np.array(1.0))
 SKIPS = {residual_cnn: 1, transformer: 2}
 ROUNDINGS: tuple[Method, ...] = ("auto", "gptq", "erq", "unit")
+BETTER = Verdict(before_db=20.0, after_db=30.0, gain_db=10.0, gain_error_db=0.1)
 TWO_READERS = "a = Conv (x, w) m = Conv (a, v) s = Add (a, m) c = Conv (s, v) y = Conv (c, w)"
 
 
@@ -183,8 +185,8 @@ def rounded(case: Frozen, aim: Graph | None, method: Method, batches: list[Any])
 
 def compensated(case: Frozen, aim: Graph | None, method: Any, batches: list[Any]) -> Graph:
     graph = case.graph.copy()
-    if method == "qwt":
-        compensate_blocks(case.reference, graph, batches, aim=aim)
+    if method in METHODS:
+        compensate_blocks(case.reference, graph, batches, method=method, aim=aim)
     else:
         compensate(case.reference, graph, batches, method=method, aim=aim)
     return graph
@@ -212,7 +214,7 @@ def test_unseen_samples_are_closer_to_it(fit: Any, method: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "model"), [(ORT, residual_cnn), (ORT, transformer), (FULL, residual_cnn)]
 )
-@pytest.mark.parametrize(("fit", "method"), [*FITS, (compensated, "qwt")])
+@pytest.mark.parametrize(("fit", "method"), FITS)
 def test_weights_on_the_grid_need_nothing(
     fit: Any,
     method: Any,
@@ -224,11 +226,23 @@ def test_weights_on_the_grid_need_nothing(
 
     The model's outputs could not get better and would refuse all, so they are not asked here.
     """
-    better = Verdict(before_db=20.0, after_db=30.0, gain_db=10.0, gain_error_db=0.1)
-    monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: better)
+    monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: BETTER)
     case = frozen(on_the_grid(model(), "w4a4", target), "w4a4", target)
     batches = quarters(case.reference, 8)
     assert fit(case, case.aim, method, batches).fingerprint() == case.graph.fingerprint()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_weights_on_the_grid_need_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps learn from many samples; against the float network they would find something."""
+    monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: BETTER)
+    case = frozen(on_the_grid(transformer(), "w4a4"), "w4a4")
+    batches = quarters(case.reference, 48)
+    aimed, other = (compensated(case, aim, method, batches) for aim in (case.aim, None))
+    assert aimed.fingerprint() == case.graph.fingerprint()
+    assert other.fingerprint() != case.graph.fingerprint()
 
 
 @pytest.mark.parametrize("model", MODELS)
