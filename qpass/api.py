@@ -40,7 +40,7 @@ from qpass.runtime_cost import runtime_costs
 from qpass.targets import TARGETS, load_target
 from qpass.trial import TRIAL_SAMPLES
 from qpass.verify.check import Reference, check_engine
-from qpass.verify.host import recorded_config
+from qpass.verify.host import config_of
 from qpass.verify.session import loading_note
 
 # A float graph this many times its file does not fit: weights, their packed copy, activations.
@@ -324,8 +324,8 @@ def verify(
     base = Path(reference) if reference is not None else path
     if reference is not None:
         load_model(base)  # a clear error when it is not a float model
-    compared = Reference.run(base, feeds, threads=settings.jobs)
-    metadata = read_metadata(path)
+    config = config_of(path, "ort") if reference is None else None
+    compared = Reference.run(base, feeds, threads=settings.jobs, session_config=config)
     reports = []
     for engine in engines_for(run):
         with tempfile.TemporaryDirectory() as folder:
@@ -338,7 +338,7 @@ def verify(
                     reference=compared,
                     workdir=Path(folder),
                     seconds=TIMING_SECONDS if reference is not None else 0.0,
-                    session_config=recorded_config(metadata, engine),
+                    session_config=config_of(path, engine),
                 )
             )
     return reports

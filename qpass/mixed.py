@@ -30,7 +30,7 @@ from qpass.graph import Node, array_of
 from qpass.knapsack import Point, solve_front
 from qpass.layer_latency import NOISE, Variant, engine_of, time_layers, time_models
 from qpass.mixed_report import Costs, report_of
-from qpass.modelfile import read_metadata, save_model
+from qpass.modelfile import save_model
 from qpass.pipeline import quantize
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
@@ -42,7 +42,7 @@ from qpass.report.model import MixedReport
 from qpass.run import Run, metadata_of
 from qpass.sensitivity import LayerError, measure
 from qpass.units import is_weighted
-from qpass.verify.host import config_for, recorded_config
+from qpass.verify.host import config_for, config_of
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -312,7 +312,7 @@ def _model_times(run: Run, numbers: Sequence[int], folder: Path, sample: Feeds) 
     """Return the milliseconds of whole plans that were built, interleaved."""
     engine = engine_of(run.target)
     paths = [_file(folder, number) for number in numbers]
-    configs = [recorded_config(read_metadata(path), engine) for path in paths]
+    configs = [config_of(path, engine) for path in paths]
     found = time_models(engine, paths, configs, sample, threads=run.options.jobs or 1)
     return dict(zip(numbers, found, strict=True))
 

@@ -28,13 +28,13 @@ from torch_export import export_dynamo, save
 
 import qpass
 from qpass.graph import Graph
-from qpass.modelfile import load_model, read_metadata, save_model
+from qpass.modelfile import load_model, save_model
 from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
 from qpass.saturation import saturates
 from qpass.torch import UnifiedNorm
 from qpass.verify.engines import Engine, EngineName, open_engine
-from qpass.verify.host import recorded_config
+from qpass.verify.host import config_of
 from qpass.verify.latency import measure_interleaved
 from qpass.verify.metrics import sqnr_db
 
@@ -141,7 +141,7 @@ def samples(data: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 def open_file(engine: EngineName, path: Path) -> Engine:
     """Open a file as its metadata ask for, exact on this machine, on one thread."""
-    config = recorded_config(read_metadata(path), engine)
+    config = config_of(path, engine)
     return open_engine(engine, path, session_config=config or None)
 
 

@@ -46,9 +46,19 @@ class Reference:
     outputs: list[list[Array]] = field(default_factory=list)
 
     @classmethod
-    def run(cls, model: Path, feeds: Iterable[Feeds], *, threads: int = 0) -> Reference:
-        """Run the float file on every sample in onnxruntime."""
-        engine = open_engine("ort", model, threads=threads)
+    def run(
+        cls,
+        model: Path,
+        feeds: Iterable[Feeds],
+        *,
+        threads: int = 0,
+        session_config: Mapping[str, str] | None = None,
+    ) -> Reference:
+        """Run the float file on every sample in onnxruntime.
+
+        `session_config` is for a file that stands in for it, and may need some.
+        """
+        engine = open_engine("ort", model, threads=threads, session_config=session_config)
         kept = list(feeds)
         outputs = [engine.run(dict(sample)) for sample in kept]
         return cls(feeds=kept, names=engine.output_names, outputs=outputs)

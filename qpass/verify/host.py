@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 
+from qpass.modelfile import read_metadata
 from qpass.plan import Plan
 from qpass.saturation import exact_entries, saturates
 from qpass.targets import TARGETS, Target
 from qpass.verify.engines import KEEP_SIGNED, EngineName
-from qpass.verify.session import TARGET_KEY, entries_for, recorded_entries
+from qpass.verify.openvino_trial import has_narrow_activations
+from qpass.verify.session import NARROW, TARGET_KEY, entries_for, recorded_entries
 
 
 def config_for(plan: Plan, target: Target, engine: EngineName, level: int) -> dict[str, str]:
@@ -24,10 +26,18 @@ def config_for(plan: Plan, target: Target, engine: EngineName, level: int) -> di
     return {**host, **entries_for(plan, engine, level)}
 
 
-def recorded_config(metadata: Mapping[str, str], engine: EngineName) -> dict[str, str]:
-    """Return the same for a file, by its metadata; nothing for a file of another maker."""
+def config_of(path: Path, engine: EngineName) -> dict[str, str]:
+    """Return the same for a file, by its metadata; nothing for a file of another maker.
+
+    The metadata know one engine. Another one has its own way to take activations of 4 bits.
+    """
+    metadata = read_metadata(path)
     target = TARGETS.get(metadata.get(TARGET_KEY, ""))
-    host = session_entries(target) if target is not None and engine == "ort" else {}
+    if target is None:
+        return recorded_entries(metadata, engine)
+    host = session_entries(target) if engine == "ort" else {}
+    if engine != target.own_engine and has_narrow_activations(path):
+        return {**host, **NARROW[engine]}
     return {**host, **recorded_entries(metadata, engine)}
 
 

@@ -33,11 +33,7 @@ def crash_of(model: Path, config: Mapping[str, Any]) -> str | None:
 
     Tried where activations are quantized to 4 bits; what cannot be read is left to the engine.
     """
-    try:
-        narrow = _quantizes_to_four_bits(skim(model).graph)
-    except ModelError:
-        return None
-    if not narrow:
+    if not has_narrow_activations(model):
         return None
     command = [sys.executable, "-c", _COMPILE, str(model), json.dumps(dict(config))]
     code = subprocess.run(command, capture_output=True, check=False).returncode  # noqa: S603 - ours
@@ -45,7 +41,12 @@ def crash_of(model: Path, config: Mapping[str, Any]) -> str | None:
     return f"a process that compiled it was killed by signal {-code}" if code < 0 else None
 
 
-def _quantizes_to_four_bits(graph: onnx.GraphProto) -> bool:
+def has_narrow_activations(model: Path) -> bool:
+    """True for a file that quantizes activations to 4 bits; False for one that cannot be read."""
+    try:
+        graph = skim(model).graph
+    except ModelError:
+        return False
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     return any(
         node.op_type == "QuantizeLinear"

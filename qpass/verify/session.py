@@ -35,6 +35,12 @@ NARROW_IN_FLOAT: Final[Mapping[str, str]] = {
 }
 INTEGER_PASSES: Final = "LP_TRANSFORMS_MODE"
 NARROW_IN_OPENVINO: Final[Mapping[str, str]] = {INTEGER_PASSES: "NO"}
+# What an engine needs for activations below 8 bits; "reference" runs every op as it is written.
+NARROW: Final[Mapping[str, Mapping[str, str]]] = {
+    "ort": NARROW_IN_FLOAT,
+    "openvino": NARROW_IN_OPENVINO,
+    "reference": {},
+}
 BYTE: Final = 8
 
 
@@ -44,14 +50,10 @@ def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str
     Most need none.
     """
     narrow = any(decision.spec.storage.bits < BYTE for decision in plan.activations())
-    if engine == "openvino":
-        return dict(NARROW_IN_OPENVINO) if narrow else {}
     entries = {}
-    if any(node.precision == "weights" for node in plan.nodes):
+    if engine == "ort" and any(node.precision == "weights" for node in plan.nodes):
         entries[ACCURACY_LEVEL] = str(accuracy_level)
-    if narrow:
-        entries |= NARROW_IN_FLOAT
-    return entries
+    return {**entries, **(NARROW[engine] if narrow else {})}
 
 
 def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[str]:

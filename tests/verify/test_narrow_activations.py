@@ -15,6 +15,8 @@ from qpass.verify.session import NARROW_IN_FLOAT, NARROW_IN_OPENVINO, SESSION_KE
 from tests.folds import graph_of
 from tests.jobs import CNN, DIGITS
 
+needs_openvino = pytest.mark.skipif("openvino" not in available_engines(), reason="needs openvino")
+
 
 @pytest.mark.parametrize("precision", ["w8a4", "w4a4"])
 def test_results_load_with_the_entries_that_they_record(precision: str, tmp_path: Path) -> None:
@@ -32,7 +34,7 @@ def test_results_load_with_the_entries_that_they_record(precision: str, tmp_path
     assert all("session.disable_quant_qdq=1" in reason for reason in planned)
 
 
-@pytest.mark.skipif("openvino" not in available_engines(), reason="needs openvino")
+@needs_openvino
 def test_a_concat_of_float_tensors_runs_in_openvino(tmp_path: Path) -> None:
     """Its integer transformations corrupt memory behind such a Concat: they are off."""
     random = np.random.default_rng(0)
@@ -60,3 +62,22 @@ def test_a_concat_of_float_tensors_runs_in_openvino(tmp_path: Path) -> None:
     assert any("LP_TRANSFORMS_MODE=NO" in note for note in report.notes)
     assert len(reasons) == 2  # stem and head have 8 bits
     assert all("LP_TRANSFORMS_MODE=NO" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("target", ["ort-x86", pytest.param("openvino", marks=needs_openvino)])
+def test_files_are_verified_in_the_engine_that_they_are_not_for_too(
+    target: str, tmp_path: Path
+) -> None:
+    """digits_cnn has a Clip, of which onnxruntime refuses Q with 4 bits by default."""
+    report = qpass.optimize(
+        CNN, data=DIGITS, precision="w4a4", calibrate="minmax", equalize=False, samples=16,
+        compensate="none", round="rtn", target=target, output=tmp_path / "m.onnx",
+    )  # fmt: skip
+    assert report.ok
+    found = qpass.verify(report.output, data=DIGITS, samples=4)
+    alone = qpass.verify(report.output, data=DIGITS, samples=4, reference=CNN)
+    assert [engine.name for engine in found] == [engine.name for engine in alone]
+    assert len(found) == len(report.engines)
+    for engine in alone:
+        assert engine.sqnr_db is not None
+        assert engine.sqnr_db > 15.0
