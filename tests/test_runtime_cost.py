@@ -18,6 +18,8 @@ from qpass.cli import main
 from qpass.errors import RecipeError
 from qpass.graph import Graph
 from qpass.options import Options
+from qpass.verify import open_engine
+from qpass.verify.session import NARROW_IN_FLOAT
 from tests.jobs import saved, small_model
 from tests.small_models import transformer
 
@@ -77,6 +79,22 @@ def test_both_methods_from_the_command_line(
         nodes - 1  # and the sum
     )
     assert list(job.glob("*.plain*")) == []
+
+
+def test_both_files_are_timed_as_they_have_to_be_loaded(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of 4 bits take session entries, without which a file may be refused."""
+    asked: list[Any] = []
+
+    def spy(*arguments: Any, session_config: Any, **others: Any) -> Any:
+        asked.append(session_config)
+        return open_engine(*arguments, session_config=session_config, **others)
+
+    monkeypatch.setattr("qpass.runtime_cost.open_engine", spy)
+    report = optimize("qwt", "w2a4", "--round", "rtn")
+    assert [cost["method"] for cost in report["runtime_costs"]][-1] == "qwt"
+    assert asked == [NARROW_IN_FLOAT, NARROW_IN_FLOAT]
 
 
 def test_what_cannot_be_judged_is_left_out_and_said(job: Path) -> None:
