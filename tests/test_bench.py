@@ -226,6 +226,16 @@ def test_page_has_a_line_for_each_contestant(results: Any) -> None:
     assert "| `file:gone.onnx` | failed: there is no file gone.onnx |" in page
 
 
+def test_rows_of_two_runs_say_which_one_they_are_of(results: Any) -> None:
+    row = results[0][0]
+    page = markdown([row, {**row, "commit": "later", "date": "2000-01-02"}])
+    runs = [line for line in page.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert [line.split(" | ")[1] for line in runs] == ["2000-01-01", "2000-01-02"]
+    assert [
+        line.rstrip(" |").rsplit("| ", 1)[1] for line in page.splitlines() if line[:3] == "| `"
+    ] == ["1", "2"]
+
+
 def test_missing_peer_is_skipped(tmp_path: Path) -> None:
     code = bench.main([
         "run", "digits_cnn", "--contestants", "quark", "--engines", "ort", "--samples", "1",

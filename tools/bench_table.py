@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from bench_bars import Bar
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
+Origin = tuple[str, str, str, str]  # date, commit, samples, machine with versions
 
 
 def _number(key: str, form: str, factor: float = 1.0) -> Callable[[Row], str]:
@@ -76,7 +78,9 @@ SCALE_COLUMNS: tuple[Column, ...] = (
 
 def markdown(rows: Sequence[Row], bars: Sequence[Bar] = ()) -> str:
     """Return a Markdown page: where and how it was measured, a table a model, the bars."""
-    parts = ["# Results", *_facts(rows)]
+    runs = _runs(rows)
+    mark: tuple[Column, ...] = (("run", lambda row: runs[_origin(row)]),) if len(runs) > 1 else ()
+    parts = ["# Results", *_facts(rows, runs)]
     for model in dict.fromkeys(row["model"] for row in rows if row["kind"] == "model"):
         for engine in dict.fromkeys(row["engine"] for row in rows if row["kind"] == "model"):
             part = [
@@ -84,7 +88,9 @@ def markdown(rows: Sequence[Row], bars: Sequence[Bar] = ()) -> str:
                 for row in rows
                 if row["kind"] == "model" and (row["model"], row["engine"]) == (model, engine)
             ]
-            parts += [f"## {model}, {engine}", _table(part, ("contestant",), MODEL_COLUMNS)]
+            if part:
+                table = _table(part, ("contestant",), (*MODEL_COLUMNS, *mark))
+                parts += [f"## {model}, {engine}", table]
     for kind, title, columns in (
         ("calibration", "Cost of calibration", CALIBRATION_COLUMNS),
         ("determinism", "Determinism", DETERMINISM_COLUMNS),
@@ -92,39 +98,53 @@ def markdown(rows: Sequence[Row], bars: Sequence[Bar] = ()) -> str:
     ):
         part = [row for row in rows if row["kind"] == kind]
         if part:
-            parts += [f"## {title}", _table(part, ("model", "contestant"), columns)]
+            parts += [f"## {title}", _table(part, ("model", "contestant"), (*columns, *mark))]
     if bars:
         parts += ["## Bars", bars_table(bars)]
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(rows: Sequence[Row]) -> list[str]:
-    """Say where the rows come from; rows of several runs give several lines."""
-    lines = []
-    for row in rows:
-        versions = ", ".join(
-            f"{key.removeprefix('version_')} {row[key]}"
-            for key in sorted(row)
-            if key.startswith("version_")
-        )
-        line = (
-            f"Measured on {row['date']} at commit `{row['commit']}`, {row['cores']} cores of "
-            f"{row['cpu']}: {versions}."
-        )
-        if line not in lines:
-            lines.append(line)
-    counts = {
-        f"{row['calibration_samples']} calibration and {row['holdout_samples']} held-out samples"
-        for row in rows
-        if row["kind"] == "model"
-    }
-    how = (
-        "SQNR is that of the worst output on held-out samples, against the float model in "
-        "onnxruntime. Latency is the median ratio to float of interleaved rounds, one thread, one "
-        "sample a run, in brackets its quartiles (or least and most of several runs). Seconds and "
-        "peak memory are those of a process of its own."
+def _origin(row: Row) -> Origin:
+    """Return what tells one run of the bench from another: when, what, how many samples, where."""
+    samples = ""
+    if row["kind"] == "model":
+        samples = f"{row['calibration_samples']} + {row['holdout_samples']}"
+    versions = ", ".join(
+        f"{key.removeprefix('version_')} {row[key]}"
+        for key in sorted(row)
+        if key.startswith("version_")
     )
-    return [*lines, *([f"{how} {'; '.join(sorted(counts))}."] if counts else [])]
+    machine = f"{row['cores']} cores of {row['cpu']}: {versions}"
+    return row["date"], row["commit"], samples, machine
+
+
+def _runs(rows: Iterable[Row]) -> dict[Origin, str]:
+    """Number the runs that `rows` come from, the oldest first."""
+    origins = sorted({_origin(row) for row in rows})
+    return {origin: str(number) for number, origin in enumerate(origins, start=1)}
+
+
+def _facts(rows: Sequence[Row], runs: Mapping[Origin, str]) -> list[str]:
+    """Say where the rows come from, in a table of the runs that each row gives the number of."""
+    machines = list(dict.fromkeys(origin[-1] for origin in runs))
+    letters = dict(zip(machines, ascii_uppercase, strict=False))
+    facts = [f"Machine {letters[machine]}: {machine}." for machine in machines]
+    if any(row["kind"] == "model" for row in rows):
+        facts.append(
+            "SQNR is that of the worst output on held-out samples, against the float model in "
+            "onnxruntime. Latency is the median ratio to float of interleaved rounds, one thread, "
+            "one sample a run, in brackets its quartiles (or least and most of several runs). "
+            "Seconds and peak memory are those of a process of its own."
+        )
+    lines = [
+        "| run | date | commit | samples: calibration + held out | machine |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {number} | {date} | `{commit}` | {samples} | {letters[machine]} |"
+            for (date, commit, samples, machine), number in runs.items()
+        ),
+    ]
+    return [*facts, "\n".join(lines)]
 
 
 def _table(rows: Iterable[Row], keys: Sequence[str], columns: Sequence[Column]) -> str:
