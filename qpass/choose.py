@@ -13,6 +13,7 @@ from qpass.calibrate.observers import TensorStats
 from qpass.calibrate.ranges import RangeChoice, solve_range
 from qpass.errors import InternalError, RecipeError
 from qpass.graph import Graph, array_of
+from qpass.matching import channel_axis
 from qpass.options import WeightRange
 from qpass.plan import Decision, Plan
 from qpass.qparams import QParams, TensorSpec, channel_range, choose_qparams
@@ -63,8 +64,8 @@ def importance(graph: Graph, decision: Decision) -> Array | None:
     """Return, per channel of an activation, how strongly its error shows behind the linear ops.
 
     ``importance[c] = sum over the readers of |W[c, :]|^2``, float64: white noise of variance v on
-    channel c adds v * importance[c] to the summed squared error of their outputs. None where a
-    reader is not a linear op with constant weights or the channels do not line up.
+    channel c adds v * importance[c] to the summed squared error of their outputs. None where
+    linear ops sum up along different axes (a Conv and a MatMul), or their channels do not line up.
     """
     tensor = graph.tensors()[decision.tensor]
     total: Array | None = None
@@ -74,6 +75,9 @@ def importance(graph: Graph, decision: Decision) -> Array | None:
         weight = node.inputs[1]
         if weight.inputs or not hasattr(weight, "_values") or len(weight.shape) < 2:
             continue
+        rank = len(tensor.shape or weight.shape)
+        if decision.channel_axis is None or (channel_axis(node) - decision.channel_axis) % rank:
+            return None
         squares = np.square(array_of(weight).astype(np.float64))
         if node.op == "Conv":
             groups = int(node.attrs.get("group", 1))

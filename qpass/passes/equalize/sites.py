@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qpass.graph import Graph, Node, Tensor
+from qpass.matching import channel_axis
 from qpass.passes.affine.absorb import linear_reader
 from qpass.passes.equalize.labels import along
 from qpass.passes.equalize.linear import channels_of
@@ -60,15 +61,22 @@ def find_sites(graph: Graph, quantized: Sequence[str]) -> tuple[list[Site], list
 
 
 def direct_readers(graph: Graph, tensor: Tensor, wanted: set[str]) -> tuple[Reader, ...]:
-    """Return the linear ops that read `tensor` itself, with one label for each channel."""
-    found = []
+    """Return the linear ops that read `tensor` itself, with one label for each channel.
+
+    All along one axis, that of the first: what a Conv scales by channel a MatMul cannot take back.
+    """
+    found: list[Reader] = []
+    taken: tuple[int, int] | None = None
     for node, index in graph.consumers(tensor):
         channels = channels_of(node)
         if node.name not in wanted or channels is None:
             continue
-        axis = 1 if node.op in ("Conv", "ConvTranspose") else len(tensor.shape or ()) - 1
+        axis = channel_axis(node) % len(tensor.shape or node.inputs[1].shape)
+        if taken not in (None, (axis, channels)):
+            continue
         reader = linear_reader(node, index, axis, channels)
         if not isinstance(reader, str):
+            taken = axis, channels
             labels = np.arange(1, channels + 1)
             found.append(Reader(linear=reader, labels=labels, power=-1))
     return tuple(found)
@@ -79,7 +87,7 @@ def _site(graph: Graph, node: Node, tensor: Tensor) -> Site | str:
         return "its shape is not known"
     rank = len(tensor.shape)
     weighted = is_weighted(node)
-    axis = 1 if node.op in ("Conv", "ConvTranspose") else rank - 1
+    axis = channel_axis(node) % rank
     channels = channels_of(node) if weighted else tensor.shape[axis]
     if not isinstance(channels, int):
         return "the number of its channels is not known"
