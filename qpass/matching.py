@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from qpass.graph import Constant, Node, Tensor, array_of
-from qpass.program import Policy
+from qpass.program import Policy, Precision
 from qpass.targets.schema import OpRule, Target
 
 DYNAMIC_BITS: Final = 8  # DynamicQuantizeLinear and MatMulInteger know no other width
@@ -78,9 +78,12 @@ def weight_axis(node: Node, rank: int) -> int:
     return rank - 1
 
 
-def is_dynamic(node: Node, policy: Policy) -> bool:
-    """True when the range of the input is found at run time: a MatMul with a matrix of weights."""
-    weight, precision = node.inputs[1], policy.precision
+def is_dynamic(node: Node, precision: Precision, policy: Policy) -> bool:
+    """True when the range of the input is found at run time: a MatMul with a matrix of weights.
+
+    `precision` is that of the node.
+    """
+    weight = node.inputs[1]
     return (
         policy.activations == "dynamic"
         and node.op == "MatMul"

@@ -139,11 +139,13 @@ class _Planner:
             self.precision[id(node)] = own.precision
             self.reasons[id(node)] = f"{because}: {own.because}"
             return
+        dynamic = is_dynamic(node, bits.precision, self.policy)
         if isinstance(weight, Constant):
-            static, wanted = not is_dynamic(node, self.policy), bits.precision.weight
-            spec = weight_spec(node, weight, rule, self.target, wanted, static=static)
+            spec = weight_spec(
+                node, weight, rule, self.target, bits.precision.weight, static=not dynamic
+            )
             self.constants.add_weight(node, weight, spec)
-        if is_dynamic(node, self.policy):
+        if dynamic:
             self.reasons[id(node)] = f"{because}: range of the input at run time"
             return
         if isinstance(weight, Constant):

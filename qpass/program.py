@@ -74,10 +74,14 @@ class Policy:
     asymmetric_weights: bool = False
 
     def with_wide_weights(self) -> Policy:
-        """Return the same with 8-bit weights where they have less and activations are integers."""
+        """Return the same with wide weights where activations are integers: 8 bits.
+
+        7 bits beside dynamic activations: with 8 more ops would find their ranges at run time.
+        """
+        bits = 8 if self.activations == "static" else 7
 
         def wide(one: Precision) -> Precision:
-            return one if one.activation is None else replace(one, weight=8)
+            return one if one.activation is None else replace(one, weight=max(one.weight, bits))
 
         node_bits = {name: wide(one) for name, one in self.node_bits.items()}
         return replace(self, precision=wide(self.precision), node_bits=node_bits)
