@@ -2,13 +2,11 @@
 
 What it does
     `straighten_gemms`: a Gemm with transB = 1 gets its weight transposed and transB = 0.
-    `part_activations`: Relu and Clip behind such a product become Max and Min.
     `gather_blocks`: Gather from a table behind DequantizeLinear becomes GatherBlockQuantized.
     `half_scales`: scales of blocks are stored in 16 bits.
 Why it is correct
     ``x @ W^T`` reads the same numbers from ``W^T`` stored as a matrix; rows of a table are the same
-    whether they are dequantized before they are gathered or after; ``Relu(x)`` is ``max(x, 0)`` and
-    Clip a Max and a Min; a scale goes through float16
+    whether they are dequantized before they are gathered or after; a scale goes through float16
     only where that gives the same number back.
 Preconditions
     `straighten_gemms` works on the float graph, the others behind `insert_qdq`; `half_scales` comes
@@ -22,7 +20,7 @@ from typing import Final
 import numpy as np
 from onnx import TensorProto
 
-from qpass.graph import Constant, Graph, Node, array_of
+from qpass.graph import Constant, Graph, array_of
 from qpass.report.model import PassReport, Refusal
 
 CONTRIBUTED: Final = "com.microsoft"
@@ -49,47 +47,6 @@ def straighten_gemms(graph: Graph) -> PassReport:
         changed += 1
     graph.remove_unused()
     return PassReport(name="straighten_gemms", changed=changed, refusals=tuple(refusals))
-
-
-def part_activations(graph: Graph) -> PassReport:
-    """Write Relu and Clip behind products with integer weights as Max and Min.
-
-    onnxruntime 1.31 takes a Relu or Clip that has one reader for the end of a group with a Q behind
-    it; there is none, and the product in front stays a float MatMul behind DequantizeLinear.
-    """
-    changed = 0
-    for node in list(graph.nodes):
-        dq = graph.producer(node.inputs[1]) if node.op in ("Gemm", "MatMul") else None
-        if dq is None or dq.op != "DequantizeLinear" or not isinstance(dq.inputs[0], Constant):
-            continue
-        readers = graph.consumers(node.outputs[0])
-        if len(readers) == 1 and readers[0][0].op == "Add":  # the two become one Gemm
-            readers = graph.consumers(readers[0][0].outputs[0])
-        if len(readers) == 1 and readers[0][0].op in ("Relu", "Clip"):
-            _as_max_and_min(graph, readers[0][0])
-            changed += 1
-    return PassReport(name="part_activations", changed=changed)
-
-
-def _as_max_and_min(graph: Graph, node: Node) -> None:
-    zero = graph.constant(f"{node.name}_zero", np.zeros((), np.float32))
-    low, high = zero, None
-    if node.op == "Clip":
-        low, high = [*(t if t.name else None for t in node.inputs[1:]), None, None][:2]
-    while len(node.inputs) > 1:
-        graph.drop_input(node, len(node.inputs) - 1)
-    limits = [(op, limit) for op, limit in (("Max", low), ("Min", high)) if limit is not None]
-    node.op, last = "Identity", node
-    node.attrs = {}
-    for op, limit in limits:
-        if last.op == "Identity":
-            last.op = op
-            last.inputs.append(limit)
-            continue
-        out = last.outputs[0]
-        middle = graph.variable(f"{node.name}_low", out.dtype, out.shape)
-        graph.set_output(last, 0, middle)
-        graph.add(graph.make(op, [middle, limit], [out], name=f"{node.name}_{op}"), after=last)
 
 
 def gather_blocks(graph: Graph) -> PassReport:
