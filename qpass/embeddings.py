@@ -34,6 +34,11 @@ def is_lookup(node: Node) -> bool:
     )
 
 
+def weight_place(node: Node) -> int:
+    """Return which input of a layer holds its weight: 0 of an embedding, 1 of a linear op."""
+    return 0 if node.op == "Gather" else 1
+
+
 def embeddings(graph: Graph) -> dict[str, Node]:
     """Return the Gathers of `graph` that look words up, by name."""
     return {

@@ -13,35 +13,28 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qpass.bits import raised
 from qpass.budgets import Budget, metric_budget, sqnr_budget
-from qpass.choose import QTable
-from qpass.dtypes import storage_for
 from qpass.errors import ModelError, RecipeError
-from qpass.graph import Node, array_of
 from qpass.knapsack import Point, solve_front
 from qpass.layer_latency import NOISE, Variant, engine_of, time_layers, time_models
+from qpass.mixed_levels import Draft, drafts_of, levels_of, rounder_of, sizes_of, weight_of
 from qpass.mixed_report import Costs, report_of
 from qpass.modelfile import save_model
 from qpass.pipeline import quantize
-from qpass.plan import Plan
 from qpass.planner import plan as make_plan
-from qpass.program import Policy, Precision
-from qpass.qparams import fake_quantize
+from qpass.program import Precision
 from qpass.quantize import build_quantized
-from qpass.range_stage import qtable_of
 from qpass.report.model import MixedReport
 from qpass.run import Run, metadata_of
 from qpass.sensitivity import LayerError, measure
-from qpass.units import is_weighted
 from qpass.verify.host import config_for, config_of
 
 Array = NDArray[Any]
@@ -51,17 +44,7 @@ MOST_POINTS: Final = 33  # of the front that are looked at
 MOST_TRIALS: Final = 7
 SAMPLES: Final = 8  # to measure sensitivities with
 SIMULATED: Final = "SIMULATED:"  # begins the note of precisions that CPUs do not have
-FLOAT_BITS: Final = 32
 WHY: Final = "mixed precision: float, for the budget"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Draft:
-    """A plan with each layer at one of its levels, and its numbers."""
-
-    policy: Policy
-    plan: Plan
-    qtable: QTable
 
 
 def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedReport:
@@ -73,22 +56,28 @@ def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedRepo
         budget: the condition.
 
     Raises:
+        RecipeError: there is no layer whose bits could be chosen.
         EngineError: the cost is time, and the engine refused a layer or a plan.
     """
     assert run.graph is not None
     assert run.plan is not None
     levels = levels_of(run)
+    if not levels:
+        raise RecipeError(
+            "--mixed chooses the bits of weights, and this plan quantizes none",
+            fix="leave --mixed out; `qpass plan` says what becomes of each node",
+        )
     with run.stages.stage("sensitivity"):
-        drafts = _drafts(run, levels)
+        drafts = drafts_of(run, levels)
         errors = measure(
             run.graph,
             levels,
-            _rounder(levels, drafts),
+            rounder_of(levels, drafts),
             batches,
             threads=run.options.jobs or None,
             progress=run.progress,
         )
-    sizes = [_sizes(run.graph.node(layer.name), layer) for layer in errors]
+    sizes = [sizes_of(run.graph.node(layer.name), layer) for layer in errors]
     times = None
     if run.options.mixed_cost == "latency":
         with run.stages.stage("layer latency"):
@@ -106,6 +95,10 @@ def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedRepo
             if number not in measured:
                 path = _file(Path(folder), number)
                 measured[number] = _measured(run, errors, front[number], budget, path)
+            if max(measured.values()) < budget.wanted:
+                first = len(front)
+                front += _by_size(front, errors, sizes, times)
+                measured |= _search(run, errors, front, budget, Path(folder), first)
         passing = [i for i, value in measured.items() if value >= budget.wanted]
         model_ms = {} if times is None else _model_times(run, passing, Path(folder), batches[0])
     chosen = max(measured, key=lambda i: (measured[i], -i))
@@ -117,52 +110,16 @@ def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedRepo
             f"NO PLAN MEETS THE BUDGET: {budget.name} {budget.wanted:g} was not reached; the best "
             f"of {len(measured)} plans that were measured has {measured[chosen]:.4g}."
         )
-    float_bytes = sum(4.0 * array_of(run.graph.node(e.name).inputs[1]).size for e in errors)
+    weights = [weight_of(run.graph.node(layer.name)) for layer in errors]
+    float_bytes = sum(4.0 * weight.size for weight in weights)
     costs = Costs(sizes=sizes, times=times, float_bytes=float_bytes, model_ms=model_ms)
     return report_of(errors, costs, front, measured, chosen, budget)
-
-
-def levels_of(run: Run) -> dict[str, list[Precision | None]]:
-    """Return the levels of every layer that the plan quantizes, lowest first.
-
-    Layers whose bits the user has set keep them.
-    """
-    assert run.graph is not None
-    assert run.plan is not None
-    planned = {node.name: node for node in run.plan.nodes}
-    found: dict[str, list[Precision | None]] = {}
-    for node in run.graph.nodes:
-        bits = planned[node.name].bits
-        if not bits or not is_weighted(node):
-            continue
-        lowest = Precision.parse(bits)
-        if run.policy.own_bits(node.name) is not None:
-            found[node.name] = [lowest]
-            continue
-        found[node.name] = list(dict.fromkeys([lowest, raised(lowest), None]))
-    return found
-
-
-def _drafts(run: Run, levels: Mapping[str, Sequence[Precision | None]]) -> list[_Draft]:
-    """Return a plan and its numbers for each number of a level, layers with fewer at their last."""
-    assert run.graph is not None
-    drafts = []
-    for number in range(max((len(own) for own in levels.values()), default=0)):
-        bits = {name: own[min(number, len(own) - 1)] for name, own in levels.items()}
-        given = {name: level for name, level in bits.items() if level is not None}
-        if not given:
-            break
-        policy = replace(run.policy, node_bits=given)
-        plan = make_plan(run.graph, run.target, policy)
-        qtable = qtable_of(run, plan)
-        drafts.append(_Draft(policy=policy, plan=plan, qtable=qtable))
-    return drafts
 
 
 def _times(
     run: Run,
     levels: Mapping[str, Sequence[Precision | None]],
-    drafts: Sequence[_Draft],
+    drafts: Sequence[Draft],
     sample: Feeds,
 ) -> Mapping[str, Array]:
     """Return the milliseconds of each layer at each level, in the target's own engine."""
@@ -195,41 +152,6 @@ def _times(
     return found.milliseconds
 
 
-def _rounder(
-    levels: Mapping[str, Sequence[Precision | None]], drafts: Sequence[_Draft]
-) -> Callable[[Node, Precision], tuple[Array, Callable[[Array], Array]]]:
-    """Return a function that rounds a layer as a plan with this level would do it."""
-    keys = [_keys(draft.plan) for draft in drafts]
-    resident = [
-        {d.tensor: d.key for d in draft.plan.activations() if d.edges is None} for draft in drafts
-    ]
-
-    def rounded(node: Node, level: Precision) -> tuple[Array, Callable[[Array], Array]]:
-        number = levels[node.name].index(level)
-        table = drafts[number].qtable.qparams
-        weight = fake_quantize(array_of(node.inputs[1]), table[keys[number][node.name, 1]])
-        key = keys[number].get((node.name, 0), resident[number].get(node.inputs[0].name))
-        if key is None or level.activation is None:
-            return weight, lambda x: x
-        return weight, lambda x: fake_quantize(x, table[key])
-
-    return rounded
-
-
-def _keys(plan: Plan) -> dict[tuple[str, int], str]:
-    return {(e.node, e.index): d.key for d in plan.decisions for e in d.edges or ()}
-
-
-def _sizes(node: Node, layer: LayerError) -> Array:
-    """Return the bytes of a layer's weight at each level, scales not counted."""
-    elements = int(np.prod(node.inputs[1].shape))
-    bits = [
-        FLOAT_BITS if level is None else storage_for(level.weight, signed=True).bits
-        for level in layer.levels
-    ]
-    return np.array(bits, np.float64) * elements / 8.0
-
-
 def _quantizes(point: Point, errors: list[LayerError]) -> bool:
     """True when a point leaves anything in integers."""
     pairs = zip(point.levels, errors, strict=True)
@@ -245,15 +167,20 @@ def thinned(front: list[Point]) -> list[Point]:
 
 
 def _search(
-    run: Run, errors: list[LayerError], front: list[Point], budget: Budget, folder: Path
+    run: Run,
+    errors: list[LayerError],
+    front: list[Point],
+    budget: Budget,
+    folder: Path,
+    first: int = 0,
 ) -> dict[int, float]:
-    """Measure points of the front, by bisection; return the score of each that was measured."""
+    """Measure points of the front from `first` on, by bisection; return scores by number."""
     measured: dict[int, float] = {}
-    low, high = 0, len(front) - 1
+    low, high = first, len(front) - 1
     guess = (low + high) // 2
     if budget.error is not None:
         error = budget.error
-        guess = next((i for i, point in enumerate(front) if point.error <= error), high)
+        guess = next((i for i in range(low, high) if front[i].error <= error), high)
     while low <= high and len(measured) < MOST_TRIALS:
         measured[guess] = _measured(run, errors, front[guess], budget, _file(folder, guess))
         if measured[guess] >= budget.wanted:
@@ -306,6 +233,26 @@ def _add_uniform(front: list[Point], errors: list[LayerError], times: Sequence[A
         return known.index(levels)
     front.append(uniform)
     return len(front) - 1
+
+
+def _by_size(
+    front: Sequence[Point],
+    errors: list[LayerError],
+    sizes: Sequence[Array],
+    times: Sequence[Array],
+) -> list[Point]:
+    """Return the points that are worth having by the bytes of their weights, and are new.
+
+    Where float is as fast as integers, the plan without integers beats all others by time, and the
+    front by time has next to nothing left that could meet a budget.
+    """
+    known = {point.levels for point in front}
+    points = solve_front(sizes, [np.array(layer.errors) for layer in errors])
+    return [
+        replace(point, size=sum(float(own[i]) for own, i in zip(times, point.levels, strict=True)))
+        for point in thinned([point for point in points if _quantizes(point, errors)])
+        if point.levels not in known
+    ]
 
 
 def _model_times(run: Run, numbers: Sequence[int], folder: Path, sample: Feeds) -> dict[int, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from qpass.embeddings import embeddings
 from qpass.graph import Graph, Node
 from qpass.units import is_weighted, reads
 
@@ -18,7 +19,7 @@ MOST: Final = 8  # layers of a segment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """`layers` are linear ops with constant weights; `outputs` are read behind the segment.
+    """`layers` have constant weights, embeddings included; `outputs` are read behind the segment.
 
     `carriers` are those of the outputs that layers had a part in: an error can be in no other.
     """
@@ -32,6 +33,7 @@ class Segment:
 def segments(graph: Graph) -> list[Segment]:
     """Return the segments of `graph`, which is not changed, in execution order."""
     nodes = list(graph.nodes)
+    known = {node.name for node in nodes if is_weighted(node)} | embeddings(graph).keys()
     last_use = {tensor.name: len(nodes) for tensor in graph.outputs}
     for number, node in enumerate(nodes):
         for name in reads(node):
@@ -41,13 +43,13 @@ def segments(graph: Graph) -> list[Segment]:
     alive: set[str] = set()
     start, layers = 0, 0
     for number, node in enumerate(nodes):
-        fed = any(name in made for name in reads(node)) or is_weighted(node)
+        fed = any(name in made for name in reads(node)) or node.name in known
         outputs = {tensor.name for tensor in node.outputs if tensor.name}
         alive |= outputs
         made |= outputs if fed else set()
         alive = {name for name in alive if last_use.get(name, -1) > number}
         made &= alive
-        layers += is_weighted(node)
+        layers += node.name in known
         final = number == len(nodes) - 1
         ripe = layers and len(made) == 1 and not _followed_inside(graph, node, nodes, number)
         if final or ripe or layers >= MOST:
@@ -55,7 +57,7 @@ def segments(graph: Graph) -> list[Segment]:
             found.append(
                 Segment(
                     nodes=tuple(part),
-                    layers=tuple(n for n in part if is_weighted(n)),
+                    layers=tuple(n for n in part if n.name in known),
                     outputs=tuple(sorted(alive)),
                     carriers=tuple(sorted(made)),
                 )

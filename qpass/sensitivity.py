@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qpass.embeddings import weight_place
 from qpass.graph import Graph, Node
 from qpass.program import Precision, Progress
 from qpass.segments import Segment, segments
@@ -108,7 +109,7 @@ class _Walk:
         """Walk through one segment; return the errors of its layers at its end, and its gain."""
         layers = [node for node in segment.layers if node.name in self._levels]
         outputs = list(segment.outputs)
-        wanted = [name for n in layers for name in (n.inputs[0].name, n.outputs[0].name)]
+        wanted = [name for n in layers for name in (_source(n), n.outputs[0].name)]
         session = self._runner(self._graph, self._float[0], _distinct(*wanted, *outputs))
         known = [{**feeds, **session.run(feeds)} for feeds in self._float]
         # A share of the output that it is in: outputs of all sizes are worth the same.
@@ -122,7 +123,7 @@ class _Walk:
             if level is not None:
                 weight, _ = self._rounder(node, level)
                 constant = self._lowest.constant("rounded", weight)
-                self._lowest.set_input(self._low_twins[node.name], 1, constant)
+                self._lowest.set_input(self._low_twins[node.name], weight_place(node), constant)
         session = self._runner(self._lowest, self._rounded[0], outputs)
         for floating, rounded, k in zip(self._float, self._rounded, known, strict=True):
             rounded.update(session.run(rounded))
@@ -166,13 +167,14 @@ class _Walk:
     def _run_rounded(
         self, node: Node, level: Precision, known: list[dict[str, Array]]
     ) -> list[Array]:
-        tap, source = node.outputs[0].name, node.inputs[0].name
+        place = weight_place(node)
+        tap, source = node.outputs[0].name, _source(node)
         weight, round_input = self._rounder(node, level)
         twin = self._twins[node.name]
-        before = twin.inputs[1]
-        self._single.set_input(twin, 1, self._single.constant("rounded", weight))
+        before = twin.inputs[place]
+        self._single.set_input(twin, place, self._single.constant("rounded", weight))
         session = self._runner(self._single, {source: known[0][source]}, [tap])
-        self._single.set_input(twin, 1, before)
+        self._single.set_input(twin, place, before)
         return [session.run({source: round_input(k[source])})[tap] for k in known]
 
     def _gain(
@@ -235,6 +237,10 @@ def _dependents(segment: Segment, tap: str) -> set[str]:
         if any(t.name in behind for t in (*node.inputs, *node.captured)):
             behind.update(tensor.name for tensor in node.outputs)
     return behind
+
+
+def _source(layer: Node) -> str:
+    return str(layer.inputs[1 - weight_place(layer)].name)
 
 
 def _distinct(*names: str) -> list[str]:

@@ -213,3 +213,46 @@ def test_thinned_fronts_keep_their_ends() -> None:
     assert len(few) == MOST_POINTS
     assert (few[0], few[-1]) == (front[0], front[-1])
     assert thinned(front[:5]) == front[:5]
+
+
+WORDS = """
+<ir_version: 10, opset_import: ["": 21]>
+words (int64[N,6] ids) => (float[N,6,48] y) {
+  [embed] a = Gather(table, ids)
+  [first] b = MatMul(a, w0)
+  [act] c = Relu(b)
+  [middle] d = MatMul(c, w1)
+  [wave] e = Tanh(d)
+  [head] y = MatMul(e, w2)
+}
+"""
+
+
+def test_an_embedding_gets_the_bits_it_needs(tmp_path: Path) -> None:
+    """Its rows reach everything behind: at 4 bits they alone miss this budget (20.1 dB)."""
+    text = model_of(WORDS, table=(40, 64), w0=(64, 64), w1=(64, 64), w2=(64, 48))
+    ids = {"ids": np.random.default_rng(3).integers(0, 40, (24, 6))}
+    report = optimize(
+        saved(text, tmp_path), ids, precision="w4", mixed=True, min_sqnr=21.0, **QUICK
+    )
+    assert report.ok
+    assert report.mixed is not None
+    bits = {layer.name: layer.bits for layer in report.mixed.layers}
+    assert bits["embed"] == "w8"
+    assert "w4" in bits.values()
+    weights = 40 * 64 + 64 * 64 * 2 + 64 * 48
+    chosen = next(point for point in report.mixed.points if point.chosen)
+    assert chosen.share_of_float == pytest.approx(chosen.weight_bytes / (4 * weights))
+    assert chosen.share_of_float < 0.3
+
+
+def test_a_plan_without_weights_has_nothing_to_choose(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[N,6,8] a, float[N,8,6] b) => (float[N,6,6] y) { [product] y = MatMul(a, b) }"""
+    random = np.random.default_rng(3)
+    samples = {
+        "a": random.standard_normal((12, 6, 8)).astype(np.float32),
+        "b": random.standard_normal((12, 8, 6)).astype(np.float32),
+    }
+    with pytest.raises(RecipeError, match="quantizes none"):
+        optimize(saved(model_of(text), tmp_path), samples, mixed=True, min_sqnr=20.0, **QUICK)

@@ -178,3 +178,20 @@ def test_the_command_line_passes_it_on(model: Path) -> None:
     result = CliRunner().invoke(main, ["optimize", str(model), "--mixed-cost", "latency"])
     assert result.exit_code == 2
     assert "--mixed-cost latency is for --mixed" in " ".join(result.output.split())
+
+
+def test_a_budget_is_met_where_float_is_faster_everywhere(
+    model: Path, given: Callable[..., None]
+) -> None:
+    """By time the plan of 8 bits is all there is; the plans by size hold better ones."""
+    given(lambda layer, level: 0.1 if level == "float" else 0.2)
+    uniform = found_for(model, min_sqnr=1.0)[1].points[0].measured
+    assert uniform is not None
+    report, found = found_for(model, min_sqnr=uniform + 1.0)
+    assert report.ok
+    assert found.met
+    assert {"float", "w8a8"} <= {layer.bits for layer in found.layers}
+    chosen = next(point for point in found.points if point.chosen)
+    assert chosen.layers_ms == pytest.approx(
+        sum(dict(layer.level_ms)[layer.bits] for layer in found.layers)
+    )
