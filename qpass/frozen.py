@@ -19,6 +19,8 @@ Rounding and compensation then aim at the network with these quantizers and floa
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -31,7 +33,7 @@ from numpy.typing import NDArray
 from qpass.dtypes import STORAGE_TYPES, StorageType
 from qpass.errors import RecipeError
 from qpass.plan import Decision, Plan
-from qpass.qparams import TensorSpec
+from qpass.qparams import MIN_SCALE, TensorSpec
 
 Array = NDArray[Any]
 
@@ -57,7 +59,7 @@ def read_scales(path: Path) -> dict[str, FrozenScale]:
     """
     try:
         entries = _npz_entries(path) if path.suffix == ".npz" else json.loads(path.read_text())
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise RecipeError(f"cannot read the scales: {error}", where=str(path)) from error
     if not isinstance(entries, dict) or not entries:
         raise RecipeError("a file of scales maps names of tensors to scales", where=str(path))
@@ -75,7 +77,10 @@ def read_scales(path: Path) -> dict[str, FrozenScale]:
 
 
 def _npz_entries(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream:
+        file = np.load(stream, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array without a name")
         arrays = {name: file[name] for name in file.files}
     entries: dict[str, Any] = {}
     for name, array in arrays.items():
@@ -96,15 +101,18 @@ def _frozen(entry: Any) -> FrozenScale:
     scale = np.asarray(entry["scale"], np.float64)
     if scale.ndim > 1:
         scale = scale.squeeze()
-    if scale.ndim > 1 or not scale.size or not (np.isfinite(scale) & (scale > 0)).all():
+    if scale.ndim > 1 or not scale.size or not (scale > 0).all():
         raise ValueError("scales are positive numbers, one or one for each channel")
+    if not ((scale >= MIN_SCALE) & (scale <= np.finfo(np.float32).max)).all():
+        raise ValueError(f"scales are float32 numbers from {MIN_SCALE:g} on")
     if scale.size == 1:
         scale = scale.reshape(())
     zero_points = entry.get("zero_point")
     zero_point = None
     if zero_points is not None:
         distinct = np.unique(np.asarray(zero_points, np.float64))
-        if distinct.size != 1 or distinct[0] != np.rint(distinct[0]):
+        whole = np.isfinite(distinct) & (distinct == np.rint(distinct))
+        if distinct.size != 1 or not whole.all():
             raise ValueError("zero points are one integer for all channels")
         zero_point = int(distinct[0])
     kind = entry.get("type")

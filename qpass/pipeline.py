@@ -49,6 +49,7 @@ from qpass.weights_float import weights_float
 
 STATIC_SAMPLES: Final = 64  # a gain, an offset and a ridge regression for each norm
 LAYER_SAMPLES: Final = 2
+TUNED: Final = "tuned by gradients:"  # begins the note on that
 
 
 def prepare(run: Run, *, for_target: bool = True) -> Graph:
@@ -141,6 +142,11 @@ def _freeze_scales(run: Run, path: Path) -> None:
     check_names(frozen, run.plan)
     frozen, report = absorb_scales(run.graph, frozen)
     run.passes.append(report)
+    run.notes += [
+        f"{path.name} gives {refusal.where} a scale for each channel, which has no place in "
+        f"integers, and no constant takes them up ({refusal.reason}): its range was calibrated"
+        for refusal in report.refusals
+    ]
     ranges = solve_ranges(frozen, run.plan)
     own = {name: entry for name, entry in frozen.items() if name not in run.policy.ranges}
     run.policy = replace(run.policy, ranges={**ranges, **run.policy.ranges})
@@ -295,9 +301,10 @@ def _tune(run: Run, graph: Graph) -> PassReport:
         seed=run.options.seed,
         threads=run.options.jobs,
     )
+    # A candidate or a result before a repair may have been tuned as well.
+    run.notes = [note for note in run.notes if not note.startswith(TUNED)]
     if tuning.report.changed and tuning.verdict is not None:
-        note = f"tuned by gradients: {tuning.verdict.sentence}"
-        run.notes = [*(old for old in run.notes if old != note), note]
+        run.notes.append(f"{TUNED} {tuning.verdict.sentence}")
     return tuning.report
 
 

@@ -21,7 +21,7 @@ from qpass.frozen import FrozenScale, check_names, read_scales, solve_ranges
 from qpass.passes.absorb_scales import absorb_scales
 from qpass.qparams import choose_qparams
 from qpass.targets import TARGETS
-from tests.jobs import normal, optimize, saved, small_model
+from tests.jobs import model_of, normal, optimize, saved, small_model
 from tests.planning import cnn, decision, planned
 from tests.small_models import feeds_of, run, transformer
 
@@ -72,11 +72,26 @@ def test_the_type_of_a_zero_point(tmp_path: Path) -> None:
         ('{"a": {"scale": 1, "zero_point": 1.5}}', "one integer"),
         ('{"a": {"scale": 1, "type": "float8"}}', "no scale"),
         ('{"a": [[1, 2], [3, 4]]}', "one or one for each channel"),
+        ('{"a": 1e-20}', "from 1e-12 on"),
+        ('{"a": 1e39}', "float32 numbers"),
+        ('{"a": {"scale": 1, "zero_point": 1e400}}', "one integer"),
+        ('{"a": {"scale": 1, "zero_point": NaN}}', "one integer"),
     ],
 )
 def test_what_is_no_scale_is_named(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         read_scales(write(tmp_path / "s.json", text))
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    whole, cut, array = (tmp_path / name for name in ("whole.npz", "cut.npz", "array.npz"))
+    np.savez_compressed(whole, a=np.linspace(0.1, 1, 999))
+    cut.write_bytes(whole.read_bytes()[:-40])
+    np.save(tmp_path / "array.npy", np.ones(3))
+    (tmp_path / "array.npy").rename(array)
+    for path, words in ((cut, "cannot read"), (array, "without a name")):
+        with pytest.raises(RecipeError, match=words):
+            read_scales(path)
 
 
 # ------------------------------------------------------------------ ranges
@@ -177,13 +192,17 @@ def test_ratios_go_into_the_norm_and_the_weights_behind_it() -> None:
 def test_channels_that_cannot_be_scaled_are_refused_with_a_reason() -> None:
     graph = transformer()
     before = graph.fingerprint()
-    entries = {"act": frozen(np.linspace(0.1, 1, 64)), "n2": frozen(np.linspace(0.1, 1, 31))}
-    found, report = absorb_scales(graph, entries)
+    found, report = absorb_scales(graph, {"act": frozen(np.linspace(0.1, 1, 64))})
     assert found == {}
-    reasons = {refusal.where: refusal.reason for refusal in report.refusals}
-    assert "Gelu" in reasons["act"]
-    assert reasons["n2"] == "it has 32 channels, there are 31 scales"
+    (refusal,) = report.refusals
+    assert refusal.where == "act"
+    assert "Gelu" in refusal.reason
     assert graph.fingerprint() == before
+
+
+def test_another_number_of_scales_than_of_channels_is_a_mistake() -> None:
+    with pytest.raises(RecipeError, match=r"n2 has 32 channels, .* gives it 31"):
+        absorb_scales(transformer(), {"n2": frozen(np.linspace(0.1, 1, 31))})
 
 
 def test_a_frozen_tensor_on_the_way_stops_the_ratios() -> None:
@@ -229,6 +248,21 @@ def test_frozen_scales_are_in_the_result(tmp_path: Path, compensate: str) -> Non
     for name, (scale, zero) in quantizers(report.output).items():
         assert np.float32(entries[name]["scale"]) == np.float32(scale), name
         assert entries[name]["zero_point"] == zero
+
+
+def test_scales_by_channel_that_nothing_takes_up_are_in_a_note(tmp_path: Path) -> None:
+    model = model_of(
+        """<ir_version: 10, opset_import: ["": 21]>
+        g (float[N,16] x) => (float[N,8] y) { a = Gemm(x, w)
+          b = Gelu(a)
+          y = Gemm(b, v) }""",
+        w=(16, 16),
+        v=(16, 8),
+    )
+    path = write(tmp_path / "s.json", {"b": np.linspace(0.01, 0.02, 16).tolist()})
+    report = optimize(saved(model, tmp_path), normal((12, 16)), activation_scales=str(path))
+    (note,) = (note for note in report.notes if note.startswith("s.json gives b a scale"))
+    assert "its range was calibrated" in note
 
 
 def test_frozen_scales_and_passes_that_change_activations_exclude_each_other(

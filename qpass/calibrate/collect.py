@@ -134,7 +134,8 @@ class _Job:
         probe = next(iter(self.samples), None)
         if probe is None:
             raise SampleError("there are no samples to calibrate with", where=self.samples.source)
-        sizes = {name: array.nbytes for name, array in engine.run(self.taps, probe).items()}
+        ((_, found),) = engine.run_batch(self.taps, 1, probe)
+        sizes = {name: array.nbytes for name, array in found.items()}
         batch_size, groups = _fit(self.taps, sizes, self.batch_size, self.memory_bytes)
         total = self.samples.count * len(groups) if progress is not None else None
         engine.seconds = 0.0

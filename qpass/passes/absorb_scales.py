@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from qpass.errors import RecipeError
 from qpass.frozen import FrozenScale
 from qpass.graph import LINEAR_OPS, Graph, Node
 from qpass.passes.equalize.apply import apply_scales
@@ -36,7 +37,11 @@ RULE = "scale by channel"
 def absorb_scales(
     graph: Graph, frozen: Mapping[str, FrozenScale]
 ) -> tuple[dict[str, FrozenScale], PassReport]:
-    """Return `frozen` with one scale for each tensor; tensors that keep several are left out."""
+    """Return `frozen` with one scale for each tensor; tensors that keep several are left out.
+
+    Raises:
+        RecipeError: a tensor has another number of channels than of scales.
+    """
     kept: dict[str, FrozenScale] = {}
     refusals = []
     changed = 0
@@ -74,7 +79,10 @@ def _absorb(
         return "a product of activations reads it"
     labels = np.asarray(reader.labels)
     if labels.size != entry.scale.size:
-        return f"it has {labels.size} channels, there are {entry.scale.size} scales"
+        raise RecipeError(
+            f"{name} has {labels.size} channels, --activation-scales gives it {entry.scale.size}",
+            fix="give one scale, or one for each channel",
+        )
     inside = _between(graph, site) & (set(frozen) - {name})
     if inside:
         return f"{min(inside)}, which has a scale of its own, would change with it"

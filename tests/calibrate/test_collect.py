@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+import onnx.helper
+import onnx.numpy_helper
 import onnx.parser
 import pytest
 
@@ -178,6 +180,16 @@ def test_errors_name_the_tensor_and_the_samples(model):
     model.graph.initializer[0].ClearField("raw_data")
     with pytest.raises(SampleError, match=r"tensor a .*\n.*samples 0 to 3"):
         collect(model, TAPS, samples_of(model), batch_size=4)
+
+
+def test_a_model_that_fails_on_its_first_sample_is_a_mistake_of_the_sample(model):
+    model.graph.node[0].op_type = "Gather"
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("axis", 1))
+    model.graph.node[0].input[1] = "rows"
+    outside = np.full(4, 99)  # of the four rows that there are
+    model.graph.initializer.append(onnx.numpy_helper.from_array(outside, "rows"))
+    with pytest.raises(SampleError, match="does not run on a sample"):
+        collect(model, (TapRequest(tensor="a"),), samples_of(model))
 
 
 def test_a_model_above_the_limit_of_protobuf_goes_through_a_file(model, monkeypatch):
