@@ -72,6 +72,11 @@ def open_data(run: Run, data: Any) -> tuple[Samples, Samples]:
             "RANDOM DATA: ranges come from noise, not from your inputs. Accuracy means nothing; "
             "do not ship this file."
         )
+    elif run.policy.precision.activation is None and run.options.round not in ROUND_WITH_DATA:
+        run.notes.append(
+            f"weights are rounded to nearest (--round {run.options.round}), and the samples only "
+            "verify that; --round gptq or unit rounds by what the layers make of them"
+        )
     return split(samples, run.options.samples, run.options.holdout)
 
 

@@ -73,6 +73,19 @@ class Policy:
     block_size: int | None = None
     asymmetric_weights: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise RecipeError where a node wants integer activations and the run has none."""
+        if self.precision.activation is not None:
+            return
+        for name, precision in self.node_bits.items():
+            if precision.activation is not None:
+                raise RecipeError(
+                    f"{name} is to have {precision}, and --precision {self.precision} leaves all "
+                    "activations in float",
+                    fix=f"write w{precision.weight} there, or choose a precision with activations "
+                    f"(w8a8) and give it to the others by --bits '*={self.precision}'",
+                )
+
     def with_wide_weights(self) -> Policy:
         """Return the same with wide weights where activations are integers: 8 bits.
 

@@ -180,6 +180,15 @@ def test_bits_of_nodes_that_are_not_there_are_named() -> None:
         planned(cnn(CHAIN), node_bits={"node_r": Precision.parse("w4a8")})
 
 
+def test_integer_activations_of_a_node_need_a_run_that_has_some() -> None:
+    for name in ("node_a", "node_*"):
+        with pytest.raises(RecipeError, match="leaves all activations in float") as error:
+            policy_of("w8", node_bits={name: Precision.parse("w4a8")})
+        assert "--bits '*=w8'" in (error.value.fix or "")
+    plan = planned(cnn(CHAIN), precision="w8a8", node_bits={"node_m": Precision.parse("w8")})
+    assert {n.name: n.precision for n in plan.nodes}["node_m"] == "stored"
+
+
 def test_bits_of_an_edited_plan_file_are_read_back(tmp_path: Path) -> None:
     plan = planned(cnn(CHAIN), precision="w4a8")
     path = tmp_path / "plan.json"

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-import qpass  # noqa: E402
-from tests.jobs import CNN, DIGITS  # noqa: E402
+import qpass
+from tests.jobs import CNN, DIGITS
 
 pytestmark = pytest.mark.torch
 
