@@ -18,7 +18,7 @@ from typing import Any
 
 from qpass.graph import Graph
 from qpass.passes.insert_qdq import insert_qdq
-from qpass.passes.model_gate import total_sqnr_db
+from qpass.passes.model_gate import output_sqnr_db
 from qpass.plan import Decision, Plan
 from qpass.qparams import choose_qparams
 from qpass.submodel import Submodel
@@ -63,4 +63,5 @@ def closeness_db(
         Submodel(graph, samples[0], names, threads=threads, qdq_in_float=graph is aim)
         for graph in (aim, quantized)
     )
-    return total_sqnr_db([wanted.run(s) for s in samples], [got.run(s) for s in samples])
+    found = output_sqnr_db([wanted.run(s) for s in samples], [got.run(s) for s in samples])
+    return sum(found.values()) / len(found)

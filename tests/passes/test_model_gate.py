@@ -60,6 +60,23 @@ def test_no_output_pays_for_another():
     assert "one output -0.83 dB" in verdict.sentence
 
 
+def test_outputs_that_are_exact_or_integers_have_no_say():
+    """A sum of float32 shares is off by its last digit, before and after, in another way."""
+    ten = np.full((6, 2), 10.0, np.float32)
+    wanted = {"y": ten, "sum": np.ones((6, 1), np.float32), "best": np.arange(6)}
+    before = {"y": ten + 1.0, "sum": wanted["sum"], "best": wanted["best"]}
+    after = {"y": ten + 0.1, "sum": wanted["sum"] + np.float32(1e-6), "best": wanted["best"] + 1}
+    verdict = judge([wanted], [before], [after])
+    alone = judge([{"y": ten}], [{"y": before["y"]}], [{"y": after["y"]}])
+    assert verdict == alone
+    assert verdict.helps
+    worse = judge([wanted], [before], [{**after, "sum": wanted["sum"] + np.float32(1e-3)}])
+    assert worse.least_db < -100.0
+    assert not worse.helps
+    nothing_else = {"best": wanted["best"]}
+    assert judge([nothing_else], [nothing_else], [{"best": after["best"]}]).least_db < 0.0
+
+
 def test_less_confidence_asks_for_less():
     verdict = Verdict(before_db=20.0, after_db=20.2, gain_db=0.3, gain_error_db=0.2)
     assert verdict.helps_by(1.0)
