@@ -25,7 +25,7 @@ from qpass.budgets import Budget, metric_budget, sqnr_budget
 from qpass.errors import ModelError, RecipeError
 from qpass.knapsack import Point, solve_front
 from qpass.layer_latency import NOISE, Variant, engine_of, time_layers, time_models
-from qpass.mixed_levels import Draft, drafts_of, levels_of, rounder_of, sizes_of, weight_of
+from qpass.mixed_levels import Draft, drafts_of, elements_of, levels_of, rounder_of, sizes_of
 from qpass.mixed_report import Costs, report_of
 from qpass.modelfile import save_model
 from qpass.pipeline import quantize
@@ -110,8 +110,7 @@ def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedRepo
             f"NO PLAN MEETS THE BUDGET: {budget.name} {budget.wanted:g} was not reached; the best "
             f"of {len(measured)} plans that were measured has {measured[chosen]:.4g}."
         )
-    weights = [weight_of(run.graph.node(layer.name)) for layer in errors]
-    float_bytes = sum(4.0 * weight.size for weight in weights)
+    float_bytes = sum(4.0 * elements_of(run.graph.node(layer.name)) for layer in errors)
     costs = Costs(sizes=sizes, times=times, float_bytes=float_bytes, model_ms=model_ms)
     return report_of(errors, costs, front, measured, chosen, budget)
 

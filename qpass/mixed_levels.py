@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -13,14 +14,14 @@ from qpass.bits import raised
 from qpass.choose import QTable
 from qpass.dtypes import storage_for
 from qpass.embeddings import embeddings, tied_tables, weight_place
-from qpass.graph import Node, array_of
+from qpass.graph import Constant, Node, array_of
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Policy, Precision
-from qpass.qparams import fake_quantize
+from qpass.qparams import QParams, fake_quantize
 from qpass.range_stage import qtable_of
 from qpass.run import Run
-from qpass.sensitivity import LayerError
+from qpass.sensitivity import LayerError, Rounded, Rounder
 from qpass.units import is_weighted
 
 Array = NDArray[Any]
@@ -40,28 +41,36 @@ class Draft:
 def levels_of(run: Run) -> dict[str, list[Precision | None]]:
     """Return the levels of every layer that the plan quantizes, lowest first.
 
-    Layers whose bits the user has set keep them. Embeddings are layers where bytes are the cost:
-    what a look-up reads takes no time worth counting, and one that is tied to another layer has the
-    bits of the plan, for its table is not its own.
+    Layers whose bits the user has set keep them. Where bytes are the cost, two more kinds of ops
+    are layers. Embeddings: what a look-up reads takes no time worth counting; one that is tied to
+    another layer has the bits of the plan, for its table is not its own. Products of activations of
+    less than 8 bits may have 8: nothing of them is in the file, so the first bits go there.
     """
     assert run.graph is not None
     assert run.plan is not None
     planned = {node.name: node for node in run.plan.nodes}
     weighted = {node.name for node in run.graph.nodes if is_weighted(node)}
-    free: set[str] = set()
+    tables: set[str] = set()
     if run.options.mixed_cost == "size":
-        free = embeddings(run.graph).keys() - tied_tables(run.graph, weighted).keys()
+        tables = embeddings(run.graph).keys() - tied_tables(run.graph, weighted).keys()
     found: dict[str, list[Precision | None]] = {}
     for node in run.graph.nodes:
         bits = planned[node.name].bits
-        if not bits or node.name not in weighted | free:
+        if not bits:
             continue
         lowest = Precision.parse(bits)
-        if run.policy.own_bits(node.name) is not None:
-            found[node.name] = [lowest]
+        own: list[Precision | None] = list(dict.fromkeys([lowest, raised(lowest)]))
+        if node.name in weighted | tables:
+            own.append(None)
+        elif run.options.mixed_cost != "size" or not is_product(node) or len(own) == 1:
             continue
-        found[node.name] = list(dict.fromkeys([lowest, raised(lowest), None]))
+        found[node.name] = own if run.policy.own_bits(node.name) is None else [lowest]
     return found
+
+
+def is_product(node: Node) -> bool:
+    """True for a MatMul of two activations."""
+    return node.op == "MatMul" and not any(isinstance(t, Constant) for t in node.inputs)
 
 
 def drafts_of(run: Run, levels: Mapping[str, Sequence[Precision | None]]) -> list[Draft]:
@@ -80,32 +89,42 @@ def drafts_of(run: Run, levels: Mapping[str, Sequence[Precision | None]]) -> lis
     return drafts
 
 
-def weight_of(node: Node) -> Array:
-    """Return the weight of a layer."""
-    return array_of(node.inputs[weight_place(node)])
+def elements_of(node: Node) -> int:
+    """Return the number of weights of a layer; 0 of a product of activations."""
+    return 0 if is_product(node) else int(np.prod(node.inputs[weight_place(node)].shape))
 
 
 def rounder_of(
     levels: Mapping[str, Sequence[Precision | None]], drafts: Sequence[Draft]
-) -> Callable[[Node, Precision], tuple[Array, Callable[[Array], Array]]]:
+) -> Rounder:
     """Return a function that rounds a layer as a plan with this level would do it."""
     keys = [_keys(draft.plan) for draft in drafts]
     resident = [
         {d.tensor: d.key for d in draft.plan.activations() if d.edges is None} for draft in drafts
     ]
 
-    def rounded(node: Node, level: Precision) -> tuple[Array, Callable[[Array], Array]]:
+    def rounded(node: Node, level: Precision) -> Rounded:
         number, place = levels[node.name].index(level), weight_place(node)
-        table = drafts[number].qtable.qparams
-        weight = fake_quantize(weight_of(node), table[keys[number][node.name, place]])
+        table, own, everywhere = drafts[number].qtable.qparams, keys[number], resident[number]
+        weight: Array | None = None
+        places: tuple[int, ...] = (0, 1)
+        if not is_product(node):
+            weight = array_of(node.inputs[place])
+            weight = fake_quantize(weight, table[own[node.name, place]])
+            places = (1 - place,)
         if level.activation is None:
-            return weight, lambda x: x
-        key = keys[number].get((node.name, 0), resident[number].get(node.inputs[0].name))
-        if key is None:
-            return weight, lambda x: x
-        return weight, lambda x: fake_quantize(x, table[key])
+            return Rounded(weight=weight)
+        names = {p: own.get((node.name, p), everywhere.get(node.inputs[p].name)) for p in places}
+        inputs = {
+            p: partial(_rounded, numbers=table[key]) for p, key in names.items() if key is not None
+        }
+        return Rounded(weight=weight, inputs=inputs)
 
     return rounded
+
+
+def _rounded(values: Array, numbers: QParams) -> Array:
+    return fake_quantize(values, numbers)
 
 
 def _keys(plan: Plan) -> dict[tuple[str, int], str]:
@@ -113,8 +132,11 @@ def _keys(plan: Plan) -> dict[tuple[str, int], str]:
 
 
 def sizes_of(node: Node, layer: LayerError) -> Array:
-    """Return the bytes of a layer's weight at each level, scales not counted."""
-    elements = weight_of(node).size
+    """Return the bytes of a layer's weight at each level, scales not counted.
+
+    A product of activations counts as one weight, so that it has few bits where they do.
+    """
+    elements = max(elements_of(node), 1)
     bits = [
         FLOAT_BITS if level is None else storage_for(level.weight, signed=True).bits
         for level in layer.levels

@@ -20,22 +20,35 @@ Cost
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qpass.embeddings import weight_place
-from qpass.graph import Graph, Node
+from qpass.graph import Constant, Graph, Node
 from qpass.program import Precision, Progress
 from qpass.segments import Segment, segments
 from qpass.submodel import Feeds, Submodel
 
 Array = NDArray[Any]
-# What a layer becomes at a level: its weight, and its input as the level's integers give it.
-Rounder = Callable[[Node, Precision], tuple[Array, Callable[[Array], Array]]]
 TINY: Final = 1e-30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """What a layer becomes at a level.
+
+    `weight` is None of a product of two activations. `inputs` gives, by place, the functions that
+    round what it reads.
+    """
+
+    weight: Array | None
+    inputs: Mapping[int, Callable[[Array], Array]] = field(default_factory=dict)
+
+
+Rounder = Callable[[Node, Precision], Rounded]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +120,9 @@ class _Walk:
 
     def step(self, segment: Segment) -> tuple[dict[str, list[float]], float]:
         """Walk through one segment; return the errors of its layers at its end, and its gain."""
-        layers = [node for node in segment.layers if node.name in self._levels]
+        layers = [node for node in segment.nodes if node.name in self._levels]
         outputs = list(segment.outputs)
-        wanted = [name for n in layers for name in (_source(n), n.outputs[0].name)]
+        wanted = [name for n in layers for name in (*_sources(n).values(), n.outputs[0].name)]
         session = self._runner(self._graph, self._float[0], _distinct(*wanted, *outputs))
         known = [{**feeds, **session.run(feeds)} for feeds in self._float]
         # A share of the output that it is in: outputs of all sizes are worth the same.
@@ -121,7 +134,9 @@ class _Walk:
         for node in layers:
             level = self._levels[node.name][0]
             if level is not None:
-                weight, _ = self._rounder(node, level)
+                weight = self._rounder(node, level).weight
+                if weight is None:
+                    continue
                 constant = self._lowest.constant("rounded", weight)
                 self._lowest.set_input(self._low_twins[node.name], weight_place(node), constant)
         session = self._runner(self._lowest, self._rounded[0], outputs)
@@ -167,15 +182,23 @@ class _Walk:
     def _run_rounded(
         self, node: Node, level: Precision, known: list[dict[str, Array]]
     ) -> list[Array]:
+        tap, sources = node.outputs[0].name, _sources(node)
+        rounded, twin = self._rounder(node, level), self._twins[node.name]
+
+        def feeds(values: Mapping[str, Array]) -> dict[str, Array]:
+            given = {}
+            for place, name in sources.items():
+                value = values[name]
+                given[name] = rounded.inputs[place](value) if place in rounded.inputs else value
+            return given
+
         place = weight_place(node)
-        tap, source = node.outputs[0].name, _source(node)
-        weight, round_input = self._rounder(node, level)
-        twin = self._twins[node.name]
         before = twin.inputs[place]
-        self._single.set_input(twin, place, self._single.constant("rounded", weight))
-        session = self._runner(self._single, {source: known[0][source]}, [tap])
+        if rounded.weight is not None:
+            self._single.set_input(twin, place, self._single.constant("rounded", rounded.weight))
+        session = self._runner(self._single, feeds(known[0]), [tap])
         self._single.set_input(twin, place, before)
-        return [session.run({source: round_input(k[source])})[tap] for k in known]
+        return [session.run(feeds(values))[tap] for values in known]
 
     def _gain(
         self, segment: Segment, known: list[dict[str, Array]], power: Mapping[str, float]
@@ -239,8 +262,10 @@ def _dependents(segment: Segment, tap: str) -> set[str]:
     return behind
 
 
-def _source(layer: Node) -> str:
-    return str(layer.inputs[1 - weight_place(layer)].name)
+def _sources(layer: Node) -> dict[int, str]:
+    """Return what a layer reads that is computed, by place: two of a product of activations."""
+    found = {place: layer.inputs[place] for place in (0, 1)}
+    return {place: t.name for place, t in found.items() if not isinstance(t, Constant)}
 
 
 def _distinct(*names: str) -> list[str]:

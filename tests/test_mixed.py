@@ -246,6 +246,43 @@ def test_an_embedding_gets_the_bits_it_needs(tmp_path: Path) -> None:
     assert chosen.share_of_float < 0.3
 
 
+ATTENTION = """
+<ir_version: 10, opset_import: ["": 21]>
+attention (float[N,8,16] x) => (float[N,8,16] y) {
+  [query] q = MatMul(x, wq)
+  [key] k = MatMul(x, wk)
+  [value] v = MatMul(x, wv)
+  [turn] t = Transpose<perm = [0, 2, 1]>(k)
+  [scores] s = MatMul(q, t)
+  [shares] p = Softmax<axis = -1>(s)
+  [context] c = MatMul(p, v)
+  [out] y = MatMul(c, wo)
+}
+"""
+
+
+def test_products_of_activations_get_8_bits_where_the_budget_asks(tmp_path: Path) -> None:
+    """With them at 4 bits no bits of weights would do."""
+    shapes = dict.fromkeys(("wq", "wk", "wv", "wo"), (16, 16))
+    path = saved(model_of(ATTENTION, **shapes), tmp_path)
+    samples = {"x": np.random.default_rng(3).standard_normal((24, 8, 16)).astype(np.float32)}
+    narrow = optimize(
+        path, samples, precision="w4a4", bits=("query=w8a8", "key=w8a8", "value=w8a8", "out=w8a8"),
+        **QUICK,
+    )  # fmt: skip
+    least = narrow.engines[0].sqnr_db
+    assert least is not None
+    report = optimize(path, samples, precision="w4a4", mixed=True, min_sqnr=least + 3.0, **QUICK)
+    assert report.ok
+    assert report.mixed is not None
+    bits = {layer.name: layer.bits for layer in report.mixed.layers}
+    assert "w8a8" in (bits["scores"], bits["context"])
+    planned = {node.name: node.precision for node in report.graph_map}
+    assert planned["scores"] == planned["context"] == "integer"
+    for point in report.mixed.points:  # they weigh nothing in the file
+        assert point.weight_bytes <= 4 * 16 * 16 * 4 + 8
+
+
 def test_a_plan_without_weights_has_nothing_to_choose(tmp_path: Path) -> None:
     text = """<ir_version: 10, opset_import: ["": 21]>
     g (float[N,6,8] a, float[N,8,6] b) => (float[N,6,6] y) { [product] y = MatMul(a, b) }"""

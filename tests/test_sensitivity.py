@@ -12,7 +12,7 @@ from qpass.graph import Graph, Node, array_of
 from qpass.program import Precision
 from qpass.qparams import TensorSpec, channel_range, choose_qparams, fake_quantize
 from qpass.segments import MOST, segments
-from qpass.sensitivity import LayerError, measure
+from qpass.sensitivity import LayerError, Rounded, measure
 from qpass.units import is_weighted
 from tests.planning import cnn
 from tests.small_models import feeds_of, from_text, residual_cnn, run, transformer
@@ -26,8 +26,8 @@ def rounded(weight: Array, bits: int) -> Array:
     return fake_quantize(weight, choose_qparams(spec, *channel_range(weight, None)))
 
 
-def rounder(node: Node, level: Precision) -> tuple[Array, Callable[[Array], Array]]:
-    return rounded(array_of(node.inputs[1]), level.weight), lambda x: x
+def rounder(node: Node, level: Precision) -> Rounded:
+    return Rounded(weight=rounded(array_of(node.inputs[1]), level.weight))
 
 
 def levels_of(graph: Graph) -> dict[str, list[Precision | None]]:
@@ -146,13 +146,36 @@ def test_the_order_of_the_layers_is_right() -> None:
 def test_inputs_are_rounded_as_the_level_says() -> None:
     graph = deep(1)
 
-    def coarse(node: Node, level: Precision) -> tuple[Array, Callable[[Array], Array]]:
-        return array_of(node.inputs[1]), lambda x: np.rint(x)
+    def coarse(node: Node, level: Precision) -> Rounded:
+        return Rounded(weight=array_of(node.inputs[1]), inputs={0: np.rint})
 
     (layer,) = measure(graph, {"node_m0": [W4, None]}, coarse, feeds_of(graph, 2))
     assert layer.errors[0] > 1e-4
     (same,) = measure(graph, {"node_m0": [None]}, coarse, feeds_of(graph, 2))
     assert same == LayerError(name="node_m0", levels=(None,), errors=(0.0,))
+
+
+def test_products_of_activations_are_rounded_on_both_sides() -> None:
+    graph = from_text(
+        """<ir_version: 10, opset_import: ["": 21]>
+        g (float[4,8,8] a, float[4,8,8] b) => (float[4,8,8] y) {
+          m = MatMul (a, b)
+          y = MatMul (m, w) }""",
+        w=np.eye(8, dtype=np.float32),
+    )
+    feeds = feeds_of(graph, 3)
+
+    def coarse(node: Node, level: Precision) -> Rounded:
+        return Rounded(weight=None, inputs={0: np.rint, 1: np.floor})
+
+    (layer,) = measure(graph, {"node_m": [W4, W8]}, coarse, feeds)
+    error = power = 0.0
+    for feed in feeds:
+        exact = feed["a"].astype(np.float64) @ feed["b"]
+        error += float(np.square(np.rint(feed["a"]) @ np.floor(feed["b"]) - exact).sum())
+        power += float(np.square(exact).sum())
+    # The layer behind it is the identity; sums of eight float32 products.
+    assert layer.errors == pytest.approx([error / power] * 2, rel=1e-5)
 
 
 def test_the_graph_is_not_changed() -> None:
