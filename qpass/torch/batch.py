@@ -45,9 +45,24 @@ def part_of(batch: Batch, samples: Array) -> Batch:
     )
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    """Return the samples of several batches as one."""
+def joined(batches: Sequence[Batch]) -> list[tuple[float, Batch]]:
+    """Join the samples of batches of one shape; return each with its share of the batches.
 
+    Samples of other lengths or sizes cannot lie in one array: they stay apart.
+    """
+    alike: dict[tuple[tuple[int, ...], ...], list[Batch]] = {}
+    for batch in batches:
+        alike.setdefault(_sizes(batch), []).append(batch)
+    return [(len(group) / len(batches), _join(group)) for group in alike.values()]
+
+
+def _sizes(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of one sample of everything in a batch."""
+    feeds = (*batch.quantized.values(), *batch.floating.values())
+    return tuple(array.shape[1:] for array in (*feeds, *batch.wanted, *batch.counts))
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
     def join(feeds: Sequence[Feeds]) -> Feeds:
         return {name: np.concatenate([one[name] for one in feeds]) for name in feeds[0]}
 

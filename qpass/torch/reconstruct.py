@@ -363,7 +363,7 @@ class _SoftUnit:
             optimizer.zero_grad()
             beta = beta_at(step / settings.iterations)
             picked = self._pick(fit, settings.rows)
-            for batch in picked:
+            for share, batch in picked:
                 ups = [soft.rounding.up() for soft in self.layers]
                 given = {
                     soft.layer.weight: soft.weight(up)
@@ -373,21 +373,24 @@ class _SoftUnit:
                 if beta is not None:
                     total = torch.stack([penalty(up, beta) for up in ups]).sum()
                     loss = loss + settings.pressure / weights * total
-                (loss / len(picked)).backward()
+                (share * loss).backward()
             optimizer.step()
 
-    def _pick(self, fit: Sequence[Batch], rows: int) -> list[Batch]:
-        """Return random batches for one step; joined, or a part of one, where that can be."""
+    def _pick(self, fit: Sequence[Batch], rows: int) -> list[tuple[float, Batch]]:
+        """Return random batches for one step, each with its share of it.
+
+        They are joined, or there is a part of one, where that can be.
+        """
         count = min(len(fit), max(1, round(rows / self._rows)))
         numbers = torch.randperm(len(fit), generator=self._random)[:count].tolist()
         picked = [fit[number] for number in numbers]
         if not self._stackable:
-            return picked
+            return [(1.0 / count, batch) for batch in picked]
         if count > 1:
-            return [joined(picked)]
+            return joined(picked)
         samples = len(picked[0].wanted[0])
         share = max(1, round(samples * rows / self._rows))
         if share >= samples:
-            return picked
+            return [(1.0, picked[0])]
         some = torch.randperm(samples, generator=self._random)[:share].numpy()
-        return [part_of(picked[0], some)]
+        return [(1.0, part_of(picked[0], some))]

@@ -11,8 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from qpass.torch.batch import Batch, joined  # noqa: E402
 from qpass.torch.reconstruct import (  # noqa: E402
-    Batch,
     Reconstruction,
     Settings,
     SoftLayer,
@@ -270,6 +270,35 @@ def test_batches_that_cannot_be_joined_run_one_by_one() -> None:
     apart = unit.learn(drop=0.0)
     assert apart.after < 0.8 * apart.before
     assert apart.before == pytest.approx(joined.before, rel=1e-6)
+
+
+def test_samples_of_other_lengths_are_not_joined() -> None:
+    unit = Unit(inputs="float[N, T, 8] x")
+    for i, batch in enumerate(unit.batches):
+        length = (2, 4, 8)[i % 3]
+        source, wanted = (
+            array.reshape(-1, length, 8) for array in (batch.floating["x"], batch.wanted[0])
+        )
+        unit.batches[i] = Batch(
+            quantized={"x": source + np.float32(0.05)},
+            floating={"x": source},
+            wanted=(wanted,),
+            counts=(np.ones((len(source), 1, 1), np.float32),),
+        )
+    seen = unit.output(unit.batches[0], unit.integers, np.zeros(8))
+    unit.problem = replace(unit.problem, seen=(seen,))
+    found = unit.learn(rows=48)  # three batches a step
+    assert found.after < 0.8 * found.before
+
+
+def test_each_of_several_shapes_counts_by_its_batches() -> None:
+    batches = [
+        Batch(quantized={"x": x}, floating={"x": x}, wanted=(x,), counts=(x,))
+        for x in (np.zeros((2, length)) for length in (3, 5, 3))
+    ]
+    found = joined(batches)
+    assert [share for share, _ in found] == [2 / 3, 1 / 3]
+    assert [batch.wanted[0].shape for _, batch in found] == [(4, 3), (2, 5)]
 
 
 @pytest.mark.parametrize(
