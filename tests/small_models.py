@@ -132,6 +132,33 @@ def transformer() -> Graph:
     return from_text(TRANSFORMER, **constants)
 
 
+def mlp(*, shared: bool = False, width: int = 264) -> Graph:
+    """Two linear layers that have a bias of zeros each, or the same one.
+
+    It holds more than 1,024 bytes: what is smaller is not shared in a graph.
+    """
+    random = np.random.default_rng(7)
+    constants = {
+        "up_w": weights(random, 8, width, fan_in=8),
+        "down_w": weights(random, width, width, fan_in=width),
+        "bias": np.zeros(width, np.float32),
+        "other": np.zeros(width, np.float32),
+    }
+    second = "bias" if shared else "other"
+    text = f"""
+    <ir_version: 10, opset_import: ["": 21]>
+    mlp (float[2,6,8] x) => (float[2,6,{width}] y)
+    {{
+        up0 = MatMul (x, up_w)
+        up = Add (up0, bias)
+        act = Relu (up)
+        down0 = MatMul (act, down_w)
+        y = Add (down0, {second})
+    }}
+    """
+    return from_text(text, **{k: v for k, v in constants.items() if k != "other" or not shared})
+
+
 def feeds_of(graph: Graph, count: int = 4, seed: int = 11) -> list[dict[str, Array]]:
     """Seeded standard normal samples for the float inputs of `graph`."""
     random = np.random.default_rng(seed)

@@ -97,6 +97,13 @@ class Site:
         """True where `at_tap` tells what the op gives after a fold, to the last bits of float32."""
         return self.rounding is None and self.gain_slot.constant.dtype == np.float32
 
+    @property
+    def shifted(self) -> str:
+        """Name of the tensor that has the offset: `tap`, or what a bias behind it makes."""
+        if self.bias_inside or self.bias_slot is None:
+            return self.tap
+        return str(self.bias_slot.node.outputs[0].name)
+
     def at_tap(self, affine: ChannelAffine) -> ChannelAffine:
         """Return what folding `affine` does to `tap`: a bias behind it takes the offset."""
         if self.bias_inside:

@@ -102,7 +102,7 @@ def tune(
             channels=site.channels,
             gain=_takes_gain(site),
             offset=site.offset,
-            bias=None if site.bias_inside or not site.bias_slot else site.bias_slot.constant.name,
+            shifted=site.shifted,
         )
         for site in sites
     ]

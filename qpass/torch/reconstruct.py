@@ -308,14 +308,9 @@ class _SoftUnit:
         added = {}
         for soft in self.layers:
             layer = soft.layer
-            if not layer.offset or weights[layer.weight] is soft.old:
-                continue
-            offset = soft.shift * soft.unit
-            if layer.bias is not None:
-                given[layer.bias] = self._executor.constant(layer.bias) + offset
-            else:
+            if layer.offset and weights[layer.weight] is not soft.old:
                 behind = layer.start.ndim - 2 if layer.axis == 1 else 0
-                added[layer.output] = offset.reshape(-1, *[1] * behind)
+                added[layer.shifted] = (soft.shift * soft.unit).reshape(-1, *[1] * behind)
         results = iter(
             self._executor.run(
                 given, self._outputs, added=added, mix=mix if drop else None, narrow=narrow

@@ -50,8 +50,9 @@ class TunedLayer:
         Of its output.
     gain, offset
         What it can take.
-    bias
-        A constant behind the op that takes the offset; None: the op itself does.
+    shifted
+        Name of the tensor that the offset is added to: `output`, or what a bias behind it makes.
+        Never the bias itself, which other ops may read.
     """
 
     name: str
@@ -61,7 +62,7 @@ class TunedLayer:
     channels: int
     gain: bool
     offset: bool
-    bias: str | None
+    shifted: str
 
 
 class _Channels:
@@ -83,22 +84,18 @@ class _Channels:
         """What is to be learned."""
         return [tensor for tensor in (self.log_gain, self.shift) if tensor.requires_grad]
 
-    def edit(self, executor: Executor, edits: _Edits) -> None:
+    def edit(self, edits: _Edits) -> None:
         """Put the gain and the offset into what the executor is given.
 
         The output takes the gain, though the weight's scale does in the end: so weights, which are
         many, need no gradient, and are dequantized once.
         """
-        layer, offset = self.layer, self.shift * self._unit
+        layer = self.layer
         edits.given[layer.weight] = self._weight
         if layer.gain:
             edits.scaled[layer.output] = self.log_gain.exp().reshape(self._along)
-        if not layer.offset:
-            return
-        if layer.bias is None:
-            edits.added[layer.output] = offset.reshape(self._along)
-        else:
-            edits.given[layer.bias] = executor.constant(layer.bias) + offset
+        if layer.offset:
+            edits.added[layer.shifted] = (self.shift * self._unit).reshape(self._along)
 
     def result(self) -> tuple[Array, Array]:
         """Return gain and offset, float64 [channels]."""
@@ -209,7 +206,7 @@ def _tune(
         for share, batch, wanted in lessons.draw():
             edits = _Edits({name: executor.tensor(array) for name, array in batch.items()})
             for one in channels:
-                one.edit(executor, edits)
+                one.edit(edits)
             outputs = executor.run(
                 edits.given, list(lessons.sizes), scaled=edits.scaled, added=edits.added
             )

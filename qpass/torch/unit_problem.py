@@ -35,8 +35,9 @@ class SoftLayer:
         Whether it can take an offset.
     rescale
         Whether scales can change: there is one for each output channel.
-    bias
-        The constant that an offset can be added to, if there is one.
+    shifted
+        Name of the tensor that the offset is added to: `output`, or what a bias behind it makes.
+        Never the bias itself, which other ops may read.
     """
 
     name: str
@@ -52,7 +53,7 @@ class SoftLayer:
     channels: int
     offset: bool
     rescale: bool
-    bias: str | None
+    shifted: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

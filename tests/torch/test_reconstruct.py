@@ -64,7 +64,7 @@ class Unit:
         )
         self.problem = UnitProblem(
             nodes=list(self.graph.nodes),
-            layers=[self.layer(0, "w1", "a", None), self.layer(1, "w2", "p", "b2")],
+            layers=[self.layer(0, "w1", "a", None), self.layer(1, "w2", "p", "y")],
             steps=[],
             targets=[("y", "x")],
             seen=(),
@@ -86,7 +86,7 @@ class Unit:
         seen = self.output(self.batches[0], self.integers, np.zeros(8))
         self.problem = replace(self.problem, seen=(seen,))
 
-    def layer(self, number: int, weight: str, output: str, bias: str | None) -> SoftLayer:
+    def layer(self, number: int, weight: str, output: str, shifted: str | None) -> SoftLayer:
         return SoftLayer(
             name=weight,
             weight=weight,
@@ -99,9 +99,9 @@ class Unit:
             output=output,
             axis=-1,
             channels=self.weights[number].shape[1],
-            offset=bias is not None,
+            offset=shifted is not None,
             rescale=False,
-            bias=bias,
+            shifted=shifted or output,
         )
 
     def float_output(self, x: Array) -> Array:

@@ -20,7 +20,7 @@ from qpass.torch.tune import TunedLayer, tune_channels  # noqa: E402
 from qpass.verify.metrics import sqnr_db  # noqa: E402
 from tests.folds import graph_of, normal  # noqa: E402
 from tests.rounded import quantized_at  # noqa: E402
-from tests.small_models import feeds_of, residual_cnn, run, transformer  # noqa: E402
+from tests.small_models import feeds_of, mlp, residual_cnn, run, transformer  # noqa: E402
 
 pytestmark = pytest.mark.torch
 Array = np.ndarray[Any, Any]
@@ -66,6 +66,25 @@ def test_the_same_seed_gives_the_same_graph() -> None:
     assert found[0] != found[2]
 
 
+def test_ops_that_share_a_bias_get_offsets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They learn what they learn with a bias each."""
+    found: list[dict[str, tuple[Array, Array]]] = []
+
+    def spy(*args: Any, **options: Any) -> dict[str, tuple[Array, Array]]:
+        found.append(tune_channels(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr("qpass.torch.tune.tune_channels", spy)
+    for shared in (True, False):
+        reference = mlp(shared=shared)
+        graph, _, _ = quantized_at(reference, "w4a8")
+        tune(reference, graph, feeds_of(reference, 4), steps=4, threads=1)
+    one, each = found
+    for layer in each:
+        assert each[layer][1].any()
+        np.testing.assert_array_equal(one[layer], each[layer])
+
+
 TEXT = ("float[N, 6] x", "float[N, 4] y", "[fc] m = MatMul (x, w)\ny = Add (m, b)")
 WEIGHT, BIAS = normal((6, 4), seed=1), normal((4,), seed=2)
 GAIN = np.array([0.95, 1.0, 1.02, 1.05], np.float32)
@@ -77,7 +96,7 @@ LAYER = TunedLayer(
     channels=4,
     gain=True,
     offset=True,
-    bias="b",
+    shifted="y",
 )
 
 

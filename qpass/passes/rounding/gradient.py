@@ -235,11 +235,11 @@ def _ends(stream: Stream, layers: Sequence[Layer]) -> list[_End]:
 
 def _output(stream: Stream, layer: Layer) -> Pair:
     """Return the output of a layer, its bias included."""
-    slot = layer.site.bias_slot
-    if slot is None or layer.site.bias_inside:
-        return Pair(float_name=layer.output, quantized_name=layer.site.tap)
-    add = stream.aims[slot.node.name]
-    return Pair(float_name=add.outputs[0].name, quantized_name=slot.node.outputs[0].name)
+    site = layer.site
+    if site.bias_slot is None or site.bias_inside:
+        return Pair(float_name=layer.output, quantized_name=site.tap)
+    add = stream.aims[site.bias_slot.node.name]
+    return Pair(float_name=add.outputs[0].name, quantized_name=site.shifted)
 
 
 def _wanted(stream: Stream, ends: Sequence[_End]) -> list[tuple[Array, ...]]:
@@ -290,7 +290,7 @@ def _soft_layer(layer: Layer, gradient: ModuleType, *, rescale: bool) -> SoftLay
         channels=site.channels,
         offset=site.offset,
         rescale=rescale,
-        bias=None if site.bias_slot is None else site.bias_slot.constant.name,
+        shifted=site.shifted,
     )
     return soft
 
