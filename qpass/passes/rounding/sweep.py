@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Constant, Graph, Node
+from qpass.matching import channel_axis
 from qpass.passes.rounding.descend import descend
 from qpass.passes.rounding.gptq import damped
 from qpass.passes.rounding.grid import Grid
@@ -42,7 +43,13 @@ ELEMENTWISE: Final = frozenset({
 
 
 def is_elementwise_between(graph: Graph, first: Node, last: Node) -> bool:
-    """True when `last` reads nothing but elements of the output of `first`, each by itself."""
+    """True when `last` reads nothing but elements of the output of `first`, each by itself.
+
+    Both have their channels along the same axis then, and constants that are not as large as the
+    output are broadcast over it; whether a larger one broadcasts the output shows when it is run.
+    """
+    if channel_axis(first) != channel_axis(last):
+        return False
     start, waiting = first.outputs[0], [last.inputs[0]]
     seen: set[int] = set()
     while waiting:

@@ -76,6 +76,8 @@ def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
     held = _look(stream, layer, last, range(first_held, len(stream.batches)))
     if not fit or not held:
         return "one sample has too many positions"
+    if fit[0].output.shape != fit[0].last_input.shape:
+        return "a constant broadcasts its output on the way to the last layer"
     weight, grid = last.grid().values(last.integers()), layer.grid()
     mean = _mean(fit, [seen.rest for seen in fit]) if centered else 0.0
     rest = [seen.rest - mean for seen in fit]

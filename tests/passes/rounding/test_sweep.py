@@ -19,7 +19,7 @@ from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
 from qpass.stream import Stream
 from qpass.units import split_into_units
 from tests.rounded import numbers_of, quantized_at
-from tests.small_models import feeds_of, residual_cnn, transformer
+from tests.small_models import feeds_of, from_text, residual_cnn, transformer, weights
 
 Array = np.ndarray[Any, Any]
 
@@ -81,6 +81,33 @@ def test_only_elements_may_lie_between() -> None:
     by_weight = {n.inputs[1].name: n for n in products}
     assert is_elementwise_between(attention, by_weight["up_w"], by_weight["down_w"])
     assert not is_elementwise_between(attention, by_weight["qkv_w"], by_weight["proj_w"])
+
+
+CHAIN = '<ir_version: 10, opset_import: ["": 21]> g '
+
+
+def test_channels_of_both_lie_along_one_axis() -> None:
+    text = CHAIN + "(float[2,6,9] x) => (float[2,5,9] y) { a = MatMul (x, w) y = Conv (a, v) }"
+    random = np.random.default_rng(4)
+    constants = {"w": weights(random, 9, 9, fan_in=9), "v": weights(random, 5, 6, 1, fan_in=6)}
+    first, last = from_text(text, **constants).nodes
+    assert not is_elementwise_between(from_text(text, **constants), first, last)
+
+
+def test_a_constant_that_makes_the_output_larger_is_refused() -> None:
+    text = f"""{CHAIN} (float[2,1,8] x) => (float[2,7,4] y) {{
+        a = MatMul (x, w) b = Add (a, places) c = Relu (b) y = MatMul (c, v) }}"""
+    random = np.random.default_rng(4)
+    reference = from_text(
+        text,
+        w=weights(random, 8, 16, fan_in=8),
+        v=weights(random, 16, 4, fan_in=16),
+        places=weights(random, 1, 7, 16, fan_in=1),
+    )
+    graph, table, plan = quantized_at(reference, "w3a8", low_bit_edges=False)
+    numbers = numbers_of(plan, table)
+    rounding = round_weights(reference, graph, feeds_of(reference, 16), numbers, method="unit")
+    assert any("broadcasts its output" in r.reason for r in rounding.report.refusals)
 
 
 @pytest.mark.parametrize("model", [residual_cnn, transformer])
