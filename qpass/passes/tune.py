@@ -93,6 +93,9 @@ def tune(
             return refuse("there is only one batch: nothing could be held out to judge by")
         batches, judges = batches[:-held], batches[-held:]
     sites, refusals = _sites(reference, quantized)
+    if not sites:
+        nothing = "no linear op can take a gain or an offset"
+        return result(0, [*refusals, Refusal(rule=RULE, where="model", reason=nothing)], None)
     layers = [
         TunedLayer(
             name=site.linear,

@@ -172,6 +172,17 @@ def test_without_views_it_has_to_be_surer(views: bool, monkeypatch: pytest.Monke
     assert (report.changed > 0) == views
 
 
+def test_a_model_without_an_op_to_tune_is_refused() -> None:
+    signature = ("float[2, 6, 8] a, float[2, 8, 4] b", "float[2, 6, 4] y")
+    reference = graph_of(*signature, "y = MatMul (a, b)")
+    graph, _, _ = quantized_at(reference, "w8a8")
+    before = graph.fingerprint()
+    report = tune(reference, graph, feeds_of(reference, 4), steps=2, threads=1).report
+    assert [r.reason for r in report.refusals] == ["no linear op can take a gain or an offset"]
+    assert report.changed == 0
+    assert graph.fingerprint() == before
+
+
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = residual_cnn()
     graph, _, _ = quantized_at(reference, "w4a8")
