@@ -71,7 +71,8 @@ def finetune_unified(
 
     Raises:
         RecipeError: an argument is out of range, or a norm has no counterpart in the teacher.
-        SampleError: the loader gives nothing, or the loss is not finite.
+        SampleError: the loader gives nothing or, as a generator does, not the same number of
+            batches each time; or the loss is not finite.
     """
     norms = {name: part for name, part in model.named_modules() if isinstance(part, UnifiedNorm)}
     _check_arguments(norms, teacher, epochs=epochs, lr=lr, loss=loss)
@@ -86,11 +87,11 @@ def finetune_unified(
         ours = stack.enter_context(_inputs_of(model, norms))
         theirs = stack.enter_context(_inputs_of(teacher, norms))
         teacher.eval()
-        _start_statistics(norms, teacher, loader, theirs)
+        _start_statistics(norms, teacher, _counted(loader, count), theirs)
         stack.enter_context(_training(model, norms, warmup=epochs * count // _WARMUP_SHARE))
         for _ in range(epochs):
             total = 0.0
-            for batch in loader:
+            for batch in _counted(loader, count):
                 with torch.no_grad():
                     wanted = _outputs(teacher, batch)
                 found = _outputs(model, batch)
@@ -112,6 +113,23 @@ def finetune_unified(
                 total += value.item()
             losses.append(total / count)
     return Finetuning(losses=tuple(losses), iterations=epochs * count)
+
+
+def _counted(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    """Yield the batches of a loader; raise a SampleError when there are not `count` of them."""
+    seen = 0
+    for batch in loader:
+        seen += 1
+        if seen > count:
+            break
+        yield batch
+    if seen != count:
+        found = "more" if seen > count else str(seen)
+        raise SampleError(
+            f"the loader gave {count} batches at first, then {found}",
+            where="finetune_unified",
+            fix="give a list or a DataLoader, which can be iterated anew for every epoch",
+        )
 
 
 def _check_arguments(
@@ -139,14 +157,14 @@ def _check_arguments(
 def _start_statistics(
     norms: Mapping[str, UnifiedNorm],
     teacher: nn.Module,
-    loader: Iterable[Any],
+    batches: Iterable[Any],
     features: Mapping[str, torch.Tensor],
 ) -> None:
     """Give every norm the second moments of the teacher's features, the first of which it meets."""
     moments = {name: torch.zeros_like(norm.running_var) for name, norm in norms.items()}
     count = 0
     with torch.no_grad():
-        for batch in loader:
+        for batch in batches:
             _outputs(teacher, batch)
             count += 1
             for name, moment in moments.items():

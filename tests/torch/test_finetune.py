@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,31 @@ def test_bad_pairs_and_samples_are_errors(teacher: nn.Module) -> None:
         finetune_unified(student, teacher, [])
     with pytest.raises(SampleError, match="not finite"):
         finetune_unified(student, teacher, [torch.full((4, 1, 8, 8), float("nan"))], epochs=1)
+
+
+class Spent:
+    """Gives fewer batches, or more, each time that it is iterated."""
+
+    def __init__(self, *counts: int) -> None:
+        self.counts = iter(counts)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(batches(digits()[0])[: next(self.counts)])
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"), [((2, 0), "then 0"), ((2, 2, 1), "then 1"), ((1, 1, 2), "then more")]
+)
+def test_a_loader_has_to_give_as_many_batches_every_time(
+    teacher: nn.Module, counts: tuple[int, ...], found: str
+) -> None:
+    with pytest.raises(SampleError, match=found):
+        finetune_unified(student_of(teacher), teacher, Spent(*counts), epochs=1)
+
+
+def test_a_generator_is_refused_and_leaves_the_module_as_it_was(teacher: nn.Module) -> None:
+    student = student_of(teacher)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(SampleError, match="can be iterated anew"):
+        finetune_unified(student, teacher, (x for x in batches(digits()[0])))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
