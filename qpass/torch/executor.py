@@ -46,6 +46,7 @@ class _Step:
     """
 
     name: str
+    op: str
     run: Callable[..., Any]
     narrow: Callable[..., Any]
     attrs: Mapping[str, Any]
@@ -76,7 +77,7 @@ class Executor:
             for tensor in node.inputs
             if isinstance(tensor, Constant)
         }
-        self._steps = _steps_of(nodes)
+        self._steps = _steps_of(nodes, device)
 
     def tensor(self, array: NDArray[Any]) -> torch.Tensor:
         """Return an array as a tensor: floats on the device, integers and truth values not."""
@@ -114,16 +115,21 @@ class Executor:
             narrow: compute products with wide weights in bfloat16, see `narrow`.
 
         Raises:
-            UnsupportedOpError: a node has attributes that its function does not know.
+            UnsupportedOpError: a node has attributes that its function does not know, or an output
+                that is wanted and that its function does not give.
         """
         scaled, added = scaled or {}, added or {}
         values: dict[str, Any] = {"": None, **self._constants, **given}
         wanted = set(outputs)
         for step in self._steps:
             if any(name not in given for name in step.outputs):
-                for name, value in zip(
-                    step.outputs, _results(step, values, mix, narrow), strict=False
-                ):
+                results = _results(step, values, mix, narrow)
+                for name in step.outputs[len(results) :]:
+                    if name in wanted or (name and name not in step.last):
+                        raise UnsupportedOpError(
+                            f"{step.op} does not give {name} here", where=step.name
+                        )
+                for name, value in zip(step.outputs, results, strict=False):
                     if name not in given:
                         value = value * scaled[name] if name in scaled else value
                         values[name] = value + added[name] if name in added else value
@@ -144,7 +150,7 @@ def _results(step: _Step, values: Tensors, mix: Mix | None, narrow: bool) -> tup
     return result if isinstance(result, tuple) else (result,)
 
 
-def _steps_of(nodes: Sequence[Node]) -> list[_Step]:
+def _steps_of(nodes: Sequence[Node], device: str) -> list[_Step]:
     closed = _closed_quantizers(nodes)
     fused = {id(quantizer) for quantizer in closed.values()}
     steps = []
@@ -155,11 +161,14 @@ def _steps_of(nodes: Sequence[Node]) -> list[_Step]:
         if source.op == "QuantizeLinear":
             storage = _storage(source)
             attrs |= {"qmin": storage.qmin, "qmax": storage.qmax}
+        if source.op == "Cast":
+            attrs["device"] = device
         if id(node) not in fused:
             run = OPS[node.op] if quantizer is None else fake_quantize
             steps.append(
                 _Step(
                     name=node.name,
+                    op=node.op,
                     run=run,
                     narrow=narrowed(node.op, run),
                     attrs=attrs,

@@ -1,7 +1,8 @@
 """The ops of `Executor`: for each a small function of its attributes and operands.
 
 Semantics are those of opset 13 and newer: axes, splits and shapes are operands, some also
-attributes in older versions. Ops with more than one output return a tuple.
+attributes in older versions. Ops with more than one output return a tuple. `Executor` adds what a
+node alone does not say: Cast has a ``device``, where floats are.
 """
 
 from __future__ import annotations
@@ -88,9 +89,11 @@ def _rms_norm(attrs: Attrs, x: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
 def _instance_norm(
     attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    return functional.instance_norm(
-        x, weight=scale, bias=bias, eps=float(attrs.get("epsilon", 1e-5))
-    )
+    # torch's own function refuses a single position, which leaves the bias alone.
+    shape = x.shape[2:]
+    flat = functional.layer_norm(x, shape, eps=float(attrs.get("epsilon", 1e-5)))
+    channels = [-1, *[1] * len(shape)]
+    return flat * scale.reshape(channels) + bias.reshape(channels)
 
 
 def _batch_norm(
@@ -193,7 +196,8 @@ def _cast(attrs: Attrs, x: torch.Tensor) -> torch.Tensor:
     to = int(attrs["to"])
     if to not in CASTS:
         raise UnsupportedOpError(f"Cast to type {to}")
-    return x.to(CASTS[to])
+    dtype = CASTS[to]
+    return x.to(attrs["device"], dtype) if dtype.is_floating_point else x.to(dtype)
 
 
 def _concat(attrs: Attrs, *parts: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,14 @@ Attrs = Mapping[str, Any]
 
 
 def quantize(
-    attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+    attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the integers as floats; `attrs` holds their bounds as ``qmin`` and ``qmax``."""
     scaled = x / along(scale, attrs, x)
     rounded = scaled + (scaled.round() - scaled).detach()
-    shifted = rounded + along(zero_point.to(x.device, x.dtype), attrs, x)
-    return shifted.clamp(attrs["qmin"], attrs["qmax"])
+    if zero_point is not None:
+        rounded = rounded + along(zero_point.to(x.device, x.dtype), attrs, x)
+    return rounded.clamp(attrs["qmin"], attrs["qmax"])
 
 
 def dequantize(
@@ -36,11 +37,15 @@ def dequantize(
 
 
 def fake_quantize(
-    attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+    attrs: Attrs, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return `dequantize` of `quantize`."""
     if scale.numel() == 1 and not scale.requires_grad:
-        step, shift = scale.reshape(()), zero_point.to(x.device, x.dtype).reshape(())
+        step = scale.reshape(())
+        if zero_point is None:
+            shift = torch.zeros_like(step)
+        else:
+            shift = zero_point.to(x.device, x.dtype).reshape(())
         result: torch.Tensor = _FixedStep.apply(x, step, shift, attrs["qmin"], attrs["qmax"])
         return result
     return dequantize(attrs, quantize(attrs, x, scale, zero_point), scale, zero_point)

@@ -118,6 +118,12 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("Pad", IMAGE, 'y = Pad <mode = "edge"> (x, i1_2_2_0, , i2_n1)'),
     ("Pow", TOKENS, "y = Pow (x, two)"),
     ("QuantizeLinear", TOKENS, QUANTIZE + "i = Cast <to = 7> (q)\ny = Cast <to = 1> (i)"),
+    ("QuantizeLinear", TOKENS, "q = QuantizeLinear (x, step)\ny = DequantizeLinear (q, step)"),
+    (
+        "QuantizeLinear",
+        TOKENS,
+        "q = QuantizeLinear (x, step)\ni = Cast <to = 7> (q)\ny = Cast <to = 1> (i)",
+    ),
     ("RMSNormalization", TOKENS, "y = RMSNormalization <epsilon = 0.01> (x, v8)"),
     ("Reciprocal", TOKENS, "e = Exp (x)\ny = Reciprocal (e)"),
     ("ReduceMax", TOKENS, "y = ReduceMax <keepdims = 0> (x, i1)"),
@@ -224,6 +230,32 @@ def test_an_op_or_attribute_that_is_missing_is_named() -> None:
     with pytest.raises(UnsupportedOpError, match="negative step") as error:
         Executor(list(graph.nodes)).run({"x": x}, ["y"])
     assert error.value.where == "back"
+
+
+def test_of_a_single_position_instance_normalization_leaves_the_bias() -> None:
+    graph = graph_of("float[1, 4, 1, 1] x", "y = InstanceNormalization (x, v4, b4)")
+    executor = Executor(list(graph.nodes))
+    (y,) = executor.run({"x": torch.randn(1, 4, 1, 1)}, ["y"])
+    assert torch.equal(y, executor.constant("b4").reshape(1, 4, 1, 1))
+
+
+def test_an_output_that_is_missing_is_named() -> None:
+    body = "[norm] n, mean = LayerNormalization (x, v8, b8)\ny = Sub (n, mean)"
+    executor = Executor(list(graph_of(TOKENS, body).nodes))
+    x = torch.from_numpy(input_of(TOKENS))
+    for wanted in ("y", "mean"):
+        with pytest.raises(UnsupportedOpError, match="LayerNormalization does not give") as error:
+            executor.run({"x": x}, [wanted])
+        assert error.value.where == "norm"
+    body = "n, mean = LayerNormalization (x, v8, b8)\ny = Neg (n)"  # nobody asks for it
+    Executor(list(graph_of(TOKENS, body).nodes)).run({"x": x}, ["y"])
+
+
+def test_a_float_that_is_made_from_a_size_lies_where_floats_do() -> None:
+    body = "s = Shape <start = 2> (x)\nf = Cast <to = 1> (s)\ny = Add (x, f)"
+    executor = Executor(list(graph_of(TOKENS, body).nodes), device="meta")
+    f, y = executor.run({"x": executor.tensor(input_of(TOKENS))}, ["f", "y"])
+    assert (f.device.type, y.device.type) == ("meta", "meta")
 
 
 @pytest.mark.parametrize("learned", [False, True])
