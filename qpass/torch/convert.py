@@ -96,6 +96,9 @@ def convert_layernorm(
         if layer not in made:
             options: dict[str, Any] = {"window": window, "warmup": warmup, "momentum": momentum}
             made[layer] = _unified_from(layer, filtration=filtration, **options)
+            like = _first_float(layer, parent, model)
+            if like is not None:
+                made[layer].to(device=like.device, dtype=like.dtype)
         setattr(parent, name.rpartition(".")[2], made[layer])
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fused path at inference reads weight, bias and eps of its norms and computes
@@ -144,8 +147,17 @@ def _unified_from(layer: nn.LayerNorm, **options: Any) -> UnifiedNorm:
                 continue
             ours.copy_(theirs)
             ours.requires_grad_(theirs.requires_grad)
-    placed = [parameter for parameter in layer.parameters() if parameter is not None]
-    if placed:
-        norm.to(device=placed[0].device, dtype=placed[0].dtype)
     norm.train(layer.training)
     return norm
+
+
+def _first_float(*modules: nn.Module) -> torch.Tensor | None:
+    """Return a floating-point parameter or buffer of the first module that has any.
+
+    A LayerNorm without weight and bias has none: it computes where its input is, and as it is.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+    return None

@@ -137,6 +137,14 @@ def test_dtype_and_mode_are_kept() -> None:
     assert not model[0].norm1.training
 
 
+def test_a_norm_without_parameters_goes_where_its_neighbours_are() -> None:
+    norm, bare = nn.LayerNorm(4, elementwise_affine=False), nn.Sequential()
+    bare.add_module("norm", norm)
+    model = nn.Sequential(nn.Linear(4, 4), bare).to(device="meta", dtype=torch.float64)
+    convert_layernorm(model)
+    assert (bare.norm.weight.device.type, bare.norm.weight.dtype) == ("meta", torch.float64)
+
+
 def test_the_fused_path_of_torch_transformers_does_not_compute_layernorm() -> None:
     """At inference nn.TransformerEncoderLayer reads the norms' weights and skips their forward."""
     torch.manual_seed(1)
