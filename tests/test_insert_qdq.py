@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -251,6 +252,14 @@ def test_pieces_give_the_same_integers(
     np.testing.assert_array_equal(got, quantize(values, numbers))
 
 
+def test_pieces_know_an_axis_that_is_counted_from_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 10)
+    values = RANDOM.standard_normal((6, 5)).astype(np.float32)
+    numbers = choose_qparams(replace(S8_WEIGHT, axis=-2), values.min(axis=1), values.max(axis=1))
+    got = quantize_in_chunks(Constant("c", values), numbers)
+    np.testing.assert_array_equal(got, quantize(values, numbers))
+
+
 # ------------------------------------------------------------------ meaning
 
 
@@ -330,7 +339,7 @@ def test_activations_saturate_at_their_own_bits(precision: str) -> None:
     assert len(np.unique(got)) <= 2**bits
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, -1, -2])
 def test_large_weights_with_blocks_are_quantized_in_pieces(
     monkeypatch: pytest.MonkeyPatch, axis: int
 ) -> None:

@@ -174,14 +174,15 @@ def quantize_in_chunks(tensor: Constant, numbers: QParams) -> np.ndarray:
         return quantize(values, numbers)
     out = np.empty(values.shape, numbers.storage.numpy)
     rows = max(1, CHUNK_ELEMENTS // (values.size // values.shape[0]))
+    along_rows = numbers.axis in (0, -values.ndim)
     block = 1
-    if numbers.block_size is not None and numbers.axis == 0:
+    if numbers.block_size is not None and along_rows:
         block = numbers.block_size
         rows = max(rows // block, 1) * block  # whole blocks
     for start in range(0, values.shape[0], rows):
         piece = slice(start, start + rows)
         part = numbers
-        if numbers.axis == 0 or numbers.block_size is not None:  # blocks: scales have all axes
+        if along_rows or numbers.block_size is not None:  # blocks: scales have all axes
             scales = slice(start // block, (start + rows) // block)
             part = replace(
                 numbers, scale=numbers.scale[scales], zero_point=numbers.zero_point[scales]
