@@ -45,8 +45,8 @@ ELEMENTWISE: Final = frozenset({
 def is_elementwise_between(graph: Graph, first: Node, last: Node) -> bool:
     """True when `last` reads nothing but elements of the output of `first`, each by itself.
 
-    Both have their channels along the same axis then, and constants that are not as large as the
-    output are broadcast over it; whether a larger one broadcasts the output shows when it is run.
+    The channels of both lie along the same axis then. Shapes may be unknown before the graph runs,
+    so a constant in between may still be the larger one, and broadcast the output of `first`.
     """
     if channel_axis(first) != channel_axis(last):
         return False
