@@ -38,10 +38,6 @@ class RecipeError(UserError):
     """An option, recipe, plan or statistics file is wrong."""
 
 
-class GateError(QpassError):
-    """The result was written but did not pass a gate that the user set."""
-
-
 class InternalError(QpassError):
     """A bug in qpass: please report it together with the model."""
 

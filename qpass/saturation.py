@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnxruntime as ort
@@ -45,9 +45,3 @@ def saturates() -> bool:
 def exact_entries() -> Mapping[str, str]:
     """Return the session entries that make onnxruntime's integer products exact here."""
     return EXACT_KERNELS if saturates() else {}
-
-
-def make_exact(options: Any) -> None:
-    """Add `exact_entries` to onnxruntime's SessionOptions."""
-    for key, value in exact_entries().items():
-        options.add_session_config_entry(key, value)

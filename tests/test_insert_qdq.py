@@ -29,7 +29,7 @@ from qpass.qparams import (
     quantize,
 )
 from qpass.targets import TARGETS, Target
-from qpass.targets.specs import S8_SYMMETRIC, S8_WEIGHT, S8_WEIGHT_PER_TENSOR, U8
+from qpass.targets.specs import S8_SYMMETRIC, S8_WEIGHT, U8
 from tests.small_models import feeds_of, from_text, minmax, policy_of, residual_cnn, run
 from tests.strategies import graphs
 
@@ -238,7 +238,7 @@ def test_a_scalar_operand() -> None:
     assert got["k_dequantized"] == np.float32(0.5)
 
 
-@pytest.mark.parametrize("spec", [S8_WEIGHT, S8_WEIGHT_PER_TENSOR], ids=["channel", "tensor"])
+@pytest.mark.parametrize("spec", [S8_WEIGHT, S8_SYMMETRIC], ids=["channel", "tensor"])
 @pytest.mark.parametrize("shape", [(7, 5), (40, 3, 2), (9,)])
 def test_pieces_give_the_same_integers(
     monkeypatch: pytest.MonkeyPatch, spec: Any, shape: tuple[int, ...]

@@ -289,14 +289,12 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
         )
         solved, refused = with_scores(scores, site, solved)
         walk.refusals.extend(refused)
-        stretch = None
         whole = ChannelAffine.identity(site.channels)
         if solved.gain_and_offset or solved.offset_only:
             parts = refit(graph, site, measured.fit, solved.affine, look, cancelled=cancelled)
             whole = joined(parts)
             place = output_range(graph, site.tap)
-            if place is not None:
-                stretch = solve_stretch(place, measured.extremes, whole)
+            stretch = None if place is None else solve_stretch(place, measured.extremes, whole)
             for part in parts:
                 moved = stretch if part is parts[-1] else None
                 change = _Change(linear=original.name, affine=part, stretch=moved)
@@ -305,15 +303,7 @@ def _walk(stream: Stream, options: _Options) -> _Walk:
         if site.predictable and not options.between.runtime_ops:
             after = site.at_tap(whole)
             step.settle(after.gain, after.offset, axis=site.axis)
-        walk.layers.append(
-            layer_of(
-                site,
-                measured.held,
-                solved,
-                residual=skip is not None,
-                range_changed=stretch is not None,
-            )
-        )
+        walk.layers.append(layer_of(site, measured.held, solved, residual=skip is not None))
         walk.add(
             *correct_linear_at_runtime(
                 step, graph, site, options.between, skip=skip, cancelled=cancelled

@@ -29,7 +29,6 @@ class LayerCompensation:
     offset_only: int
     unchanged: int
     residual: bool  # aimed at the sum behind it
-    range_changed: bool
     refused: tuple[ChannelRefusal, ...] = ()
 
     @property
@@ -53,7 +52,7 @@ class Compensation:
 
 
 def layer_of(
-    site: Site, held: PairMoments, solved: GatedAffine, *, residual: bool, range_changed: bool
+    site: Site, held: PairMoments, solved: GatedAffine, *, residual: bool
 ) -> LayerCompensation:
     """Describe the correction of one linear op.
 
@@ -62,7 +61,6 @@ def layer_of(
         held: moments of its output as it was, on samples that nothing was fitted to.
         solved: the correction.
         residual: True when the sum behind the op was aimed at.
-        range_changed: True when the Q behind it got another range.
     """
     identity = ChannelAffine.identity(site.channels)
     signal = float(np.nansum(held.signal()))
@@ -76,7 +74,6 @@ def layer_of(
         offset_only=solved.offset_only,
         unchanged=solved.unchanged + solved.unusable,
         residual=residual,
-        range_changed=range_changed,
         refused=tuple(
             ChannelRefusal(reason=reason, count=len(channels), channels=as_ranges(channels))
             for reason, channels in solved.refusals.items()

@@ -14,7 +14,6 @@ S8_SYMMETRIC: Final = TensorSpec(storage=INT8, symmetric=True)
 S8_WEIGHT: Final = TensorSpec(
     storage=INT8, symmetric=True, granularity="per_channel", axis=0, narrow_range=True
 )
-S8_WEIGHT_PER_TENSOR: Final = TensorSpec(storage=INT8, symmetric=True, narrow_range=True)
 # Zero point 128; the largest magnitude is 127 steps, so 0 is left out as -128 is in S8.
 U8_WEIGHT_PER_TENSOR: Final = TensorSpec(storage=UINT8, symmetric=True)
 S8_POWER_OF_TWO: Final = TensorSpec(storage=INT8, symmetric=True, power_of_two=True)

@@ -19,13 +19,6 @@ Array = NDArray[Any]
 BLOCK: Final = 128  # inputs between two large matrix products
 
 
-def squared_error(weight: Array, hessian: Array, values: Array) -> Array:
-    """Return ``e^T H e`` for each group and output, float64 [groups, outputs]."""
-    error = weight - values
-    total: Array = np.einsum("gio,gio->go", error, hessian @ error)
-    return total
-
-
 def descend(weight: Array, hessian: Array, integers: Array, grid: Grid, *, sweeps: int = 1) -> int:
     """Go over all inputs, changing `integers` in place; return how many moves that were.
 

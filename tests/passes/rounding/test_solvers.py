@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpass.dtypes import INT4, UINT4
-from qpass.passes.rounding.descend import descend, squared_error
+from qpass.passes.rounding.descend import descend
 from qpass.passes.rounding.erq import solve_erq
 from qpass.passes.rounding.gptq import Factor, damped, factorize, rounding_error, solve_gptq
 from qpass.passes.rounding.grid import Grid, grid_of
@@ -21,6 +21,13 @@ from qpass.passes.rounding.refit import HeldRows, choose_refit, solve_refit
 from qpass.qparams import QParams, dequantize, quantize
 
 Array = np.ndarray[Any, Any]
+
+
+def squared_error(weight: Array, hessian: Array, values: Array) -> Array:
+    """Return ``e^T H e`` for each group and output, [groups, outputs]."""
+    error = weight - values
+    total: Array = np.einsum("gio,gio->go", error, hessian @ error)
+    return total
 
 
 def problem(
