@@ -46,7 +46,7 @@ def solve_front(sizes: Sequence[Array], errors: Sequence[Array]) -> list[Point]:
         worse = (error[:, None] + np.asarray(own_errors, np.float64)[None, :]).ravel()
         keep = _undominated(total, worse)
         if len(keep) > STATES:
-            keep = keep[_first_in_step(total[keep], most / STATES)]
+            keep = keep[_last_in_step(total[keep], most / STATES)]
         size, error = total[keep], worse[keep]
         back.append((keep % levels, keep // levels))
     return [
@@ -63,8 +63,8 @@ def _undominated(size: Array, error: Array) -> Array:
     return order[better]
 
 
-def _first_in_step(size: Array, step: float) -> Array:
-    """Return, of the states in each step of size, the last one, which has the smallest error."""
+def _last_in_step(size: Array, step: float) -> Array:
+    """Return, of the states in each step of size, the last: it has the smallest error."""
     number = np.floor(size / step)
     return np.flatnonzero(np.concatenate((number[1:] != number[:-1], [True])))
 

@@ -2,12 +2,12 @@
 
 What it does
     The graph is walked segment by segment (see `qpass.segments`) with two sets of live activations:
-    those of the float model, and those of a model with every layer at its lowest level. In each
-    segment, every layer is rounded by itself on the float activations, and the rest of the segment
-    is run: that is the error it adds at the end of the segment. Then the float segment is run on
-    the activations of the rounded model: how much an error that comes in grows or shrinks on the
-    way is the gain of the segment. The error of a layer at the outputs is the error it adds times
-    the gains of all segments behind its own.
+    those of the float model, and those of a model with the weights of every layer at its lowest
+    level. In each segment, every layer is rounded by itself, weight and input, on the float
+    activations, and the rest of the segment is run: that is the error it adds at the end of the
+    segment. Then the float segment is run on the activations of the rounded model: how much an
+    error that comes in grows or shrinks on the way is the gain of the segment. The error of a layer
+    at the outputs is the error it adds times the gains of all segments behind its own.
 Why it is right
     Errors are small beside the activations, so that they pass linearly, and independent from layer
     to layer, so that their powers add. Both hold well above about 10 dB and badly below; the plan

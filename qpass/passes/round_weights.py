@@ -70,9 +70,9 @@ from qpass.units import split_into_units
 Array = NDArray[Any]
 Method = Literal["auto", "gptq", "erq", "unit", "adaround"]
 UNITWISE: Final = ("unit", "adaround")
-LEAST_ROWS: Final = 2  # likewise, for units: they are there to make up for one another
-
-
+# Rows for each input from which a refit pays in a unit, instead of `ENOUGH_ROWS`: its layers are
+# there to make up for one another.
+LEAST_ROWS: Final = 2
 WIDE_LEVELS: Final = 100  # 7 bits and more
 
 

@@ -9,7 +9,8 @@ Why that is enough to learn by
 Where
     On CPUs with instructions for it, and where each output sums up enough products to pay for the
     rounding of operands: with 16 and 32 products a tenth to a quarter more time, with 64 and more
-    a twentieth to a half less. Products of two activations stay, for a softmax follows.
+    a twentieth to a half less. Products with more than a matrix on their right stay: those
+    are of two activations, and a softmax follows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 gamma, 0, 1)``, whose ends are reached at finite `V`. The penalty ``1 - |2 h - 1|^beta`` lets `h`
 move freely between the ends while `beta` is high, and draws it to them as `beta` falls.
 
-It starts from integers that a closed form has found (GPTQ), a third of the way towards the float
+It starts from integers that a closed form has found (GPTQ), 0.3 of the way towards the float
 weight, and not from the float weight as published: there every rounding is undecided, and the
 20,000 iterations that decide them well are more than a CPU has. With 200 to 800 iterations the
 published start ended at 1.3 to 1.5 times the error that it should have improved.

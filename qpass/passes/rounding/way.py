@@ -197,9 +197,11 @@ def solve_for_outputs(found: Rounded, sums: InputSums, metric: Array) -> Rounded
 
 
 def _families(sums: InputSums, *, few: bool) -> list[list[tuple[float, float]]]:
-    """Return lists of shares of the product and dampings; each is tried until it gets worse.
+    """Return lists of shares of the product and dampings, to be tried in their order.
 
-    The first of all also chooses the scales of channels: the Hessian of few rows misjudges those.
+    With few rows all lists are, each until it gets worse; otherwise there is one, which ends with
+    the first that beats rounding to nearest. The first of all also chooses the scales of channels:
+    the Hessian of few rows misjudges those.
     """
     if few and has_product(sums.layout):
         return [[(share, DAMPING) for share in SHARES], [(0.0, DAMPINGS[1])]]
