@@ -14,6 +14,7 @@ from qpass.choose import QTable
 from qpass.graph import Graph
 from qpass.passes import compensate as compensation
 from qpass.passes.compensate import compensate
+from qpass.passes.live_rows import row_counts
 from qpass.passes.round_weights import round_weights
 from qpass.passes.rounding import layer as layers
 from qpass.passes.row_weights import NormedSum, Weights, find_normed_sum
@@ -111,6 +112,23 @@ def test_weights_of_all_batches_have_one_unit() -> None:
     first, second = (np.full((1, 3, WIDTH), size, np.float32) for size in (1.0, 2.0))
     np.testing.assert_array_equal(weights.of(first, first), np.ones((1, 3, 1)))
     np.testing.assert_array_equal(weights.of(second, second), np.full((1, 3, 1), 0.25))
+
+
+def test_other_weights_of_the_rows_do_not_replace_those_of_the_norm() -> None:
+    reference = massive()
+    graph, table, plan = quantized_at(reference, "w4a8")
+    found, _ = layers.find_layers(reference, graph, numbers_of(plan, table))
+    layer, random = found["node_d"], np.random.default_rng(3)
+    shape = (2, TOKENS)
+    normed = random.uniform(0.1, 2.0, (*shape, 1))
+    live = random.random(shape) < 0.5
+    np.testing.assert_array_equal(layer.guided(0, normed), normed)
+    layer.live = [live]
+    np.testing.assert_array_equal(layer.guided(0, normed), row_counts(live)[..., None] * normed)
+    roots = random.uniform(0.1, 2.0, shape)
+    layer.guide = [roots]
+    wanted = roots[..., None] * np.sqrt(normed)  # the geometric mean of both weights
+    np.testing.assert_array_equal(layer.guided(0, normed), wanted)
 
 
 # A block without a norm in front of it: where x is large, what it adds is large as well.

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from qpass.graph import Graph
 from qpass.passes.round_weights import round_weights
+from qpass.passes.rounding import measure
 from qpass.passes.rounding import unit as module
 from qpass.passes.rounding.grid import Grid
 from qpass.passes.rounding.layer import find_layers
 from qpass.passes.rounding.layout import Layout
+from qpass.passes.rounding.probe import Probe
 from qpass.passes.rounding.sweep import accept, is_elementwise_between, propose
 from qpass.stream import Stream
 from qpass.units import split_into_units
 from tests.rounded import numbers_of, quantized_at
-from tests.small_models import feeds_of, from_text, residual_cnn, transformer, weights
+from tests.small_models import feeds_of, from_text, residual_cnn, run, transformer, weights
 
 Array = np.ndarray[Any, Any]
 
@@ -110,6 +112,21 @@ def test_a_constant_that_makes_the_output_larger_is_refused() -> None:
     assert any("broadcasts its output" in r.reason for r in rounding.report.refusals)
 
 
+def test_the_slope_between_two_layers_is_that_of_what_lies_there() -> None:
+    text = f"""{CHAIN} (float[2,9,8] x) => (float[2,9,4] y) {{
+        a = MatMul (x, w) b = Mul (a, slope) c = Tanh (b) y = MatMul (c, v) }}"""
+    random = np.random.default_rng(4)
+    w, v = weights(random, 8, 16, fan_in=8), weights(random, 16, 4, fan_in=16)
+    reference = from_text(text, w=w, v=v, slope=np.float32(-2))
+    graph, table, plan = quantized_at(reference, "w4a8")
+    layers, _ = find_layers(reference, graph, numbers_of(plan, table))
+    first, last = (layers[name] for name in ("node_a", "node_y"))
+    a = random.standard_normal((2, 9, 16)).astype(np.float32)
+    found = module._Between(reference, first, last).derivative(a)
+    # A step of 0.1 % of the largest element, and the last bits of tanh divided by it.
+    np.testing.assert_allclose(found, -2.0 * (1.0 - np.tanh(-2.0 * a) ** 2), atol=1e-3)
+
+
 @pytest.mark.parametrize("model", [residual_cnn, transformer])
 def test_the_error_of_the_unit_never_rises(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Around each sweep the unit is run again: what it gives, not what was promised, counts."""
@@ -152,12 +169,33 @@ def test_a_bad_rounding_is_improved() -> None:
     with Stream(reference, graph, feeds_of(reference, 16), units=units) as stream:
         for step in stream:
             if step.unit.tap == "b":
-                before = _error(module._look(stream, first, last, range(12)))
+                seen = module._look(stream, first, last, range(12))
                 reasons = list(module.sweep_back(stream, [first, last], 12))
-                after = _error(module._look(stream, first, last, range(12)))
+                again = module._look(stream, first, last, range(12))
     assert reasons == []
-    assert after < 0.95 * before
+    assert _error(again) < 0.95 * _error(seen)
     assert (first.integers() != floor).any()
+    # The offset of the last layer takes what has moved on average, to the last bits of float32.
+    assert np.abs(last.offsets[-1]).max() > 1e-2
+    means = [module._mean(part, [one.rest for one in part]) for part in (seen, again)]
+    np.testing.assert_allclose(*means, atol=1e-5)
+
+
+def test_a_layer_aims_at_the_sum_that_is_right_with_the_quantized_skip() -> None:
+    reference = residual_cnn()
+    graph, table, plan = quantized_at(reference, "w3a8")
+    layers, _ = find_layers(reference, graph, numbers_of(plan, table))
+    layer, feeds = layers["node_b"], feeds_of(reference, 1)
+    assert layer.skip is not None
+    with Stream(reference, graph, feeds) as stream:
+        for step in stream:
+            if step.unit.linear == layer.name:
+                ((_, aim, _, _),) = measure._pairs(step, layer, with_skips=True)
+                skip = Probe(stream, "quantized", graph, [layer.skip.quantized_name]).run(0)
+    bias = layer.layout.along_channels(layer.bias())
+    total = aim + bias + skip[layer.skip.quantized_name]
+    wanted = run(reference.to_model(taps=["sum"]), feeds[0])["sum"]
+    np.testing.assert_allclose(total, wanted, atol=1e-5)  # sums of 144 terms in two orders
 
 
 def _error(seen: list[Any]) -> float:
