@@ -101,6 +101,13 @@ class QParams:
             raise ValueError(f"Q6: scale {self.scale.shape}, zero_point {self.zero_point.shape}")
 
 
+def as_half(scale: Array) -> Array:
+    """Round scales, float64, to numbers of float16; those too small or large for it stay."""
+    half = np.clip(scale, HALF.tiny, HALF.max).astype(np.float16).astype(np.float64)
+    rounded: Array = np.where((scale >= HALF.tiny) & (scale <= HALF.max), half, scale)
+    return rounded
+
+
 def choose_qparams(spec: TensorSpec, low: Array | float, high: Array | float) -> QParams:
     """Turn real ranges into scale and zero_point.
 
@@ -123,8 +130,7 @@ def choose_qparams(spec: TensorSpec, low: Array | float, high: Array | float) ->
     if spec.power_of_two:
         scale = np.exp2(np.ceil(np.log2(scale) - 1e-9))
     if spec.half_scale:
-        half = np.clip(scale, HALF.tiny, HALF.max).astype(np.float16).astype(np.float64)
-        scale = np.where((scale >= HALF.tiny) & (scale <= HALF.max), half, scale)
+        scale = as_half(scale)
     scale32 = scale.astype(np.float32)
     if spec.symmetric:
         middle = 0 if spec.storage.signed else (spec.qmax + 1) // 2

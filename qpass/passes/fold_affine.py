@@ -29,6 +29,7 @@ from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.matching import weight_axis
 from qpass.passes.channel_affine import Array, ChannelAffine, GainKind
 from qpass.passes.requantize import Rounding, find_rounding, requantize, scaled_weight
+from qpass.qparams import as_half
 
 # Ops through which a MatMul's bias may lie behind it.
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -194,6 +195,11 @@ def _fold_gain(graph: Graph, site: Site, gain: Array) -> None:
     else:
         groups = 1 if dequantized else site.groups
         scaled = scaled_weight(values, gain, axis=site.gain_axis, groups=groups)
+    if dequantized and slot.node.attrs.get("block_size"):
+        # Scales of blocks are stored in 16 bits where that loses nothing; a step of float16 more or
+        # less in a scale is far below the error of the integers.
+        wide = values.astype(np.float64)
+        scaled = as_half(scaled) if np.array_equal(as_half(wide), wide) else scaled
     slot.write(graph, scaled.astype(values.dtype))
 
 

@@ -19,6 +19,7 @@ from qpass.passes.check_biases import check_bias_scales
 from qpass.passes.dynamic import make_dynamic
 from qpass.passes.fold_affine import Site, find_site, fold
 from qpass.passes.lower import lower_biases, raise_matmul_biases
+from qpass.passes.weight_only import half_scales
 from tests.folds import (
     affine_of,
     exact_affine,
@@ -175,6 +176,27 @@ def test_blocked_int4_scales_take_the_gain(rows):
     assert (site.gain, site.gain_axis) == ("channel", 1)
     fold(graph, site, affine)
     np.testing.assert_array_equal(run(graph, feeds)[0], want)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_scales_of_blocks_stay_what_float16_holds(half):
+    random = np.random.default_rng(5)
+    integers = random.integers(-7, 8, (16, CHANNELS)).astype(ml_dtypes.int4)
+    scale = random.uniform(0.01, 0.02, (1, CHANNELS)).astype(np.float16 if half else np.float32)
+    scale = scale.astype(np.float32)
+    place = "float[3,16] x", f"float[3,{CHANNELS}] y"
+    reference = graph_of(*place, "[op] y = MatMul (x, w)", w=integers.astype(np.float32) * scale)
+    graph = graph_of(
+        *place,
+        "w = DequantizeLinear <axis = 0, block_size = 16> (q, s) [op] y = MatMul (x, w)",
+        q=integers, s=scale,
+    )  # fmt: skip
+    gain = random.uniform(0.9, 1.1, CHANNELS)
+    fold(graph, site_of(graph, reference), ChannelAffine(gain=gain, offset=np.zeros(CHANNELS)))
+    found = array_of(graph.node("op").inputs[1].inputs[0].inputs[1])
+    wanted = (scale.astype(np.float64) * gain).astype(np.float16 if half else np.float32)
+    np.testing.assert_array_equal(found, wanted.astype(np.float32))
+    assert half_scales(graph).changed == int(half)
 
 
 def test_dynamic_activations_take_the_gain_in_the_scale_behind_the_product():
