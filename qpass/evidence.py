@@ -20,8 +20,9 @@ from qpass.calibrate import (
     split,
 )
 from qpass.choose import importance
-from qpass.errors import RecipeError
+from qpass.errors import ModelError, RecipeError, SampleError
 from qpass.graph import Graph
+from qpass.matching import NOT_FINITE
 from qpass.options import ROUND_WITH_DATA, THOROUGH
 from qpass.plan import Plan
 from qpass.program import Progress
@@ -124,20 +125,44 @@ def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> N
             run.stats, run.samples = cached.stats, cached.samples
             run.notes.append("statistics came from the cache")
             return
-        result = collect(
-            model,
-            taps,
-            samples,
-            batch_size=run.options.batch_size,
-            memory_bytes=run.options.memory_bytes,
-            threads=run.options.jobs,
-            progress=(lambda done, of: progress("calibrate", done, of)) if progress else None,
-            checkpoint=cache.checkpoint(key) if cache else None,
-        )
+        try:
+            result = collect(
+                model,
+                taps,
+                samples,
+                batch_size=run.options.batch_size,
+                memory_bytes=run.options.memory_bytes,
+                threads=run.options.jobs,
+                progress=(lambda done, of: progress("calibrate", done, of)) if progress else None,
+                checkpoint=cache.checkpoint(key) if cache else None,
+            )
+        except SampleError as error:
+            broken = broken_layers(run.plan)
+            if not broken:
+                raise
+            raise ModelError(
+                f"the weight of {broken[0]} holds NaN or infinity, and {error.what}",
+                where=str(run.source),
+                fix="check the checkpoint and its export: the samples are not to blame",
+            ) from error
         run.stats, run.samples = result.stats, result.samples
         run.forward_seconds = result.forward_seconds
         if cache:
             cache.put(key, result)
+
+
+def broken_layers(plan: Plan) -> list[str]:
+    """Return the linear ops of `plan` whose weights hold NaN or infinity."""
+    return [node.name for node in plan.nodes if node.because.endswith(NOT_FINITE)]
+
+
+def broken_notes(plan: Plan) -> list[str]:
+    """Say which weights no integers can hold, and most likely nobody wanted."""
+    return [
+        f"THE WEIGHT OF {name} HOLDS NaN OR INFINITY: it stays as it is; check the checkpoint and "
+        "its export"
+        for name in broken_layers(plan)
+    ]
 
 
 def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, TensorStats]:

@@ -12,6 +12,7 @@ from qpass.program import Policy, Precision
 from qpass.targets.schema import OpRule, Target
 
 DYNAMIC_BITS: Final = 8  # DynamicQuantizeLinear and MatMulInteger know no other width
+NOT_FINITE: Final = "its weight holds NaN or infinity"
 # The value of an attribute that is not written.
 DEFAULTS: Final[dict[tuple[str, str], int | str]] = {("Resize", "mode"): "nearest"}
 
@@ -55,6 +56,8 @@ def _linear_obstacle(node: Node, rule: OpRule, policy: Policy) -> str:
         return ""
     if len(weight.shape) < 2:
         return "its weight is a vector"
+    if not all(weight.shape):
+        return "its weight is empty"
     if min(weight.shape[:2]) < rule.min_channels:
         return f"fewer than {rule.min_channels} channels: no gain in integers"
     if node.op == "Gemm":
@@ -63,7 +66,7 @@ def _linear_obstacle(node: Node, rule: OpRule, policy: Policy) -> str:
         if factors != (1.0, 0) or scaled_bias:
             return "Gemm with alpha, beta or transA"
     if not np.isfinite(array_of(weight)).all():
-        return "its weight holds NaN or infinity"
+        return NOT_FINITE
     return ""
 
 

@@ -20,6 +20,7 @@ from qpass.calibrate import (
 from qpass.calibrate.ranges import RangeChoice
 from qpass.choose import WIDE_BITS, QTable
 from qpass.errors import RecipeError
+from qpass.evidence import broken_notes
 from qpass.frozen import check_names, meant_decisions, read_scales, solve_ranges
 from qpass.graph import Graph
 from qpass.layer_latency import engine_of
@@ -91,6 +92,7 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         if run.options.plan:
             run.policy = _edited_policy(run, Path(run.options.plan))
         run.plan = make_plan(run.graph, run.target, run.policy)
+        run.notes += broken_notes(run.plan)
         if run.options.activation_scales:
             _freeze_scales(run, Path(run.options.activation_scales))
     return run.graph

@@ -30,12 +30,13 @@ class Unit:
 
 
 def is_weighted(node: Node) -> bool:
-    """True for a linear op whose second operand is a constant."""
+    """True for a linear op whose second operand is a constant with anything in it."""
     return (
         node.op in LINEAR_OPS
         and node.domain in (None, "", "ai.onnx")
         and len(node.inputs) > 1
         and isinstance(node.inputs[1], Constant)
+        and all(node.inputs[1].shape)
         and not isinstance(node.inputs[0], Constant)
     )
 

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from qpass.errors import ModelError
 from tests.jobs import (
     engine,
     model_of,
@@ -131,3 +132,34 @@ def test_dynamic_ranges_are_for_products_of_8_bits(tmp_path: Path, options: dict
     stored = {i.data_type for i in onnx.load(report.output).graph.initializer if len(i.dims) == 2}
     assert stored & {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
     assert engine(report).sqnr_db > 20.0  # measured: 28 to 30
+
+
+def test_weights_without_an_element_stay(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["": 21]>
+    g (float[N,16] x) => (float[N,8] y) {
+      [full] a = MatMul(x, w0)
+      [empty] b = MatMul(x, w1)
+      [join] c = Concat<axis = 1>(a, b)
+      [act] d = Relu(c)
+      [last] y = MatMul(d, w2)
+    }
+    """
+    model = model_of(text, w0=(16, 16), w1=np.zeros((16, 0), np.float32), w2=(16, 8))
+    path = saved(model, tmp_path)
+    for precision, least_db in (("w8a8", 30.0), ("w4", 12.0)):  # measured: 35 and 15
+        report = optimize(path, normal((24, 16)), precision=precision)
+        assert report.ok
+        assert precision_of(report)["empty"] == "float"
+        assert engine(report).sqnr_db > least_db
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    broken = np.random.default_rng(3).standard_normal((16, 16)).astype(np.float32)
+    broken[0, 0] = np.nan
+    model = model_of(MLP, w0=(16, 16), w1=broken, w2=(16, 8))
+    path = saved(model, tmp_path)
+    with pytest.raises(ModelError, match="the weight of middle holds NaN or infinity"):
+        optimize(path, normal((24, 5, 16)))
+    report = optimize(path, None, precision="w8")
+    assert any(note.startswith("THE WEIGHT OF middle HOLDS NaN") for note in report.notes)

@@ -28,8 +28,10 @@ MOVERS: Final = RESHAPES | {
 def reduced(labels: Labels) -> Labels:
     """Shorten every axis along which all labels are equal to length 1."""
     for axis in range(labels.ndim):
+        if labels.shape[axis] <= 1:  # an empty tensor has no first label
+            continue
         first = labels.take([0], axis=axis)
-        if labels.shape[axis] > 1 and (labels == first).all():
+        if (labels == first).all():
             labels = first
     return labels
 
