@@ -147,8 +147,8 @@ def test_weights_without_an_element_stay(tmp_path: Path) -> None:
     """
     model = model_of(text, w0=(16, 16), w1=np.zeros((16, 0), np.float32), w2=(16, 8))
     path = saved(model, tmp_path)
-    for precision, least_db in (("w8a8", 30.0), ("w4", 12.0)):  # measured: 35 and 15
-        report = optimize(path, normal((24, 16)), precision=precision)
+    for precision, least_db in (("w8a8", 25.0), ("w4", 12.0)):  # measured: 39 and 15 to 17
+        report = optimize(path, normal((200, 16)), precision=precision)
         assert report.ok
         assert precision_of(report)["empty"] == "float"
         assert engine(report).sqnr_db > least_db
