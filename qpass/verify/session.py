@@ -57,13 +57,26 @@ def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str
 
 
 def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[str]:
-    """Say how a result is to be loaded, where that is not as any other file."""
-    entries = entries_for(plan, engine, accuracy_level)
-    if not entries:
-        return []
-    how = "session entries of onnxruntime" if engine == "ort" else "properties of OpenVINO"
-    pairs = ", ".join(f"{key}={value}" for key, value in sorted(entries.items()))
-    return [f"load it with these {how}, which its metadata record as {SESSION_KEY}: {pairs}"]
+    """Say how a result is to be loaded, where that is not as any other file.
+
+    What a file for OpenVINO needs in onnxruntime is said as well: its metadata know one engine.
+    """
+    own = entries_for(plan, engine, accuracy_level)
+    notes = []
+    if own:
+        how = "session entries of onnxruntime" if engine == "ort" else "properties of OpenVINO"
+        record = f"which its metadata record as {SESSION_KEY}"
+        notes.append(f"load it with these {how}, {record}: {_pairs(own)}")
+    if engine == "openvino":
+        other = entries_for(plan, "ort", accuracy_level)
+        other.pop(ACCURACY_LEVEL, None)  # without it the file loads, too
+        if other:
+            notes.append(f"onnxruntime loads it with these session entries only: {_pairs(other)}")
+    return notes
+
+
+def _pairs(entries: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(entries.items()))
 
 
 def recorded_entries(metadata: Mapping[str, str], engine: str = "") -> dict[str, str]:

@@ -58,6 +58,8 @@ def test_a_concat_of_float_tensors_runs_in_openvino(tmp_path: Path) -> None:
     assert report.engines[0].sqnr_db is not None
     assert recorded_entries(read_metadata(tmp_path / "m.onnx"), "openvino") == NARROW_IN_OPENVINO
     assert recorded_entries(read_metadata(tmp_path / "m.onnx"), "ort") == {}
+    (other,) = [note for note in report.notes if note.startswith("onnxruntime loads it")]
+    assert all(f"{key}={value}" in other for key, value in NARROW_IN_FLOAT.items())
     reasons = [op.reason for op in report.engines[0].float_ops if op.planned]
     assert any("LP_TRANSFORMS_MODE=NO" in note for note in report.notes)
     assert len(reasons) == 2  # stem and head have 8 bits
