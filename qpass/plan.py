@@ -13,6 +13,7 @@ from qpass.program import Precision
 from qpass.qparams import TensorSpec
 
 SCHEMA: Final = 1
+BYTE: Final = 8  # bits
 
 # weights: float activations, and a kernel that reads the integer weights. stored: the weights are
 # integers in the file only. passthrough: integers move, nothing is computed.
@@ -92,6 +93,15 @@ class Plan:
     def integer_nodes(self) -> dict[str, NodeDecision]:
         """Return the nodes that are to compute in integers, by name."""
         return {n.name: n for n in self.nodes if n.precision == "integer"}
+
+    @property
+    def has_narrow_activations(self) -> bool:
+        """True where activations are stored in less than a byte.
+
+        No CPU engine has such integers, and what it needs to load them at all keeps every op of the
+        file in float.
+        """
+        return any(decision.spec.storage.bits < BYTE for decision in self.activations())
 
     def engine_nodes(self) -> dict[str, NodeDecision]:
         """Return the nodes for which a CPU engine has a kernel that reads integers, by name.

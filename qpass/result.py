@@ -142,7 +142,9 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
 def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
     left = sum(op.planned for op in own.float_ops)
     gates = []
-    if run.target.engine != "none" and not run.policy.precision.simulated:
+    assert run.plan is not None
+    simulated = run.policy.precision.simulated or run.plan.has_narrow_activations
+    if run.target.engine != "none" and not simulated:
         gates.append(
             Gate(
                 name=f"{own.name}: planned ops in integers",

@@ -140,6 +140,8 @@ def _faster(new: EngineReport, old: EngineReport) -> bool:
 def may_repair(run: Run) -> bool:
     """Return True when the engine was meant to run the result in integers."""
     precision = run.policy.precision
+    if run.plan is not None and run.plan.has_narrow_activations:  # of some layers only
+        return False
     if precision.simulated or run.target.engine == "none" or not run.options.repair:
         return False
     return precision.activation is not None

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 
 import qpass
-from tests.jobs import normal, optimize, saved, small_model
+from tests.jobs import engine, normal, optimize, precision_of, saved, small_model
 
 
 def test_statistics_of_one_pass_serve_every_target(tmp_path: Path) -> None:
@@ -92,3 +93,19 @@ def test_verify_reads_back_any_file(tmp_path: Path) -> None:
     assert found.latency_ms is not None
     (alone,) = qpass.verify(report.output, engines=("ort",))
     assert (alone.integer_ops, alone.sqnr_db, alone.speedup) == (3, None, None)
+
+
+@pytest.mark.parametrize(("bits", "integers"), [("c1=w4a4", 0), ("c1=w4a8", 2)])
+def test_one_layer_of_few_bits_costs_the_others_nothing(
+    tmp_path: Path, bits: str, integers: int
+) -> None:
+    """No repair gives them back to float: a CPU that simulates the one may simulate all."""
+    path = saved(small_model(), tmp_path)
+    report = optimize(path, normal((24, 3, 8, 8)), bits=(bits,), round="rtn")
+    assert report.ok, report.gates
+    assert not report.rounds
+    assert {precision_of(report)[name] for name in ("c0", "c1", "head")} == {"integer"}
+    assert engine(report).integer_ops == integers
+    stored = {t.data_type for t in onnx.load(report.output).graph.initializer}
+    assert onnx.TensorProto.INT8 in stored  # weights of the other layers
+    assert stored & {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}

@@ -41,7 +41,6 @@ NARROW: Final[Mapping[str, Mapping[str, str]]] = {
     "openvino": NARROW_IN_OPENVINO,
     "reference": {},
 }
-BYTE: Final = 8
 
 
 def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str, str]:
@@ -49,11 +48,10 @@ def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str
 
     Most need none.
     """
-    narrow = any(decision.spec.storage.bits < BYTE for decision in plan.activations())
     entries = {}
     if engine == "ort" and any(node.precision == "weights" for node in plan.nodes):
         entries[ACCURACY_LEVEL] = str(accuracy_level)
-    return {**entries, **(NARROW[engine] if narrow else {})}
+    return {**entries, **(NARROW[engine] if plan.has_narrow_activations else {})}
 
 
 def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[str]:
