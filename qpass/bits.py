@@ -35,6 +35,10 @@ class NodeBits:
     precision: Precision
     reason: str = ""
 
+    def with_weights(self, bits: int) -> NodeBits:
+        """Return the same with weights of `bits` bits."""
+        return replace(self, precision=replace(self.precision, weight=bits))
+
 
 def stem_and_head(graph: Graph) -> dict[str, End]:
     """Return the linear ops with constant weights at the ends of `graph`, by node name.

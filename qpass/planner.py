@@ -46,7 +46,7 @@ def plan(graph: Graph, target: Target, policy: Policy) -> Plan:
         ModelError: no op of the graph can be quantized for this target.
         RecipeError: the policy speaks of a node or tensor that the model does not have.
     """
-    check_policy(graph, policy)
+    check_policy(graph, policy, target)
     planner = _Planner(graph, target, policy)
     planner.decide()
     result = planner.result()
@@ -138,6 +138,7 @@ class _Planner:
             self.constants.add(node, 1, weight, own.spec, "weight", reason, shared=False)
             self.precision[id(node)] = own.precision
             self.reasons[id(node)] = f"{because}: {own.because}"
+            self.bits[node.name] = bits.with_weights(own.spec.bits)
             return
         dynamic = is_dynamic(node, bits.precision, self.policy)
         if isinstance(weight, Constant):

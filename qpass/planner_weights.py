@@ -23,6 +23,11 @@ DEFAULT_BLOCK: Final = 32  # rows of a weight below 8 bits that share a scale
 WIDE_BLOCK: Final = 128  # the same for tables at 8 bits
 
 
+def is_nibble(bits: int) -> bool:
+    """True when integers of so many bits are stored in four."""
+    return storage_for(bits, signed=True).bits < EDGE_BITS
+
+
 class Keys:
     """The keys of the decisions of one plan; each is given once."""
 
@@ -88,7 +93,8 @@ def weight_only(
     """Decide for a linear op with float activations: `bits`, granularity, kernel.
 
     Blocks run along the contraction axis. Where the target takes no block of the wanted size for
-    this many rows, the next smaller one is taken, and one scale a channel when there is none.
+    this many rows, the next smaller one is taken, and one scale a channel when there is none; with
+    8 bits, where the target takes fewer in blocks only.
     """
     rank = len(weight.shape)
     axis = contraction_axis(node, rank)
@@ -97,12 +103,11 @@ def weight_only(
     wanted = policy.block_size or (DEFAULT_BLOCK if bits < EDGE_BITS else None)
     block, because = None, ""
     if own is not None and wanted is not None:
-        block = own.block_for(int(weight.shape[axis]), wanted)
-        if block is not None and node.op.startswith("Conv") and weight.shape[axis] < block:
-            block = None  # a scale for each place of the kernel would weigh more than the weights
-        if block != wanted:
-            found = "one scale a channel" if block is None else f"blocks of {block}"
-            because = f"; {weight.shape[axis]} rows take no blocks of {wanted} here: {found}"
+        block, because = _block(node, weight, own, bits, wanted)
+    if own is not None and own.narrow_in_blocks and block is None:
+        if is_nibble(bits):
+            bits, because = EDGE_BITS, f"{because}, so 8 bits"
+        own = replace(own, kernel="")  # it reads narrow weights alone
     if block is not None or not symmetric:
         spec = TensorSpec(
             storage=storage_for(bits, signed=symmetric), symmetric=symmetric, bits=bits
@@ -110,7 +115,9 @@ def weight_only(
     else:
         spec = weight_spec(node, weight, rule, target, bits, static=False)
     if block is not None:
-        spec = replace(spec, granularity="per_block", axis=axis, block_size=block, half_scale=True)
+        assert own is not None
+        half = own.half_scales
+        spec = replace(spec, granularity="per_block", axis=axis, block_size=block, half_scale=half)
     elif not symmetric and (rank == 2 or node.op != "MatMul"):
         spec = replace(spec, granularity="per_channel", axis=weight_axis(node, rank))
     obstacle = _no_kernel(node, rank, own)
@@ -120,6 +127,28 @@ def weight_only(
         return WeightOnly(spec=spec, precision="stored", because=text + because)
     text = f"integer weights, float activations ({kernel})"
     return WeightOnly(spec=spec, precision="weights", because=text + because)
+
+
+def _block(
+    node: Node, weight: Constant, rule: WeightRule, bits: int, wanted: int
+) -> tuple[int | None, str]:
+    """Return how many rows of a weight share a scale (None: all), and why that is not `wanted`."""
+    rank = len(weight.shape)
+    rows = int(weight.shape[contraction_axis(node, rank)])
+    block, obstacle = rule.block_for(rows, wanted), f"{rows} rows take no blocks of {wanted} here"
+    if rule.narrow_in_blocks:
+        if not rule.blocks or rank != 2:
+            block, obstacle = None, "blocks are for matrices"
+        elif not is_nibble(bits):
+            block, obstacle = None, f"weights of {bits} bits take no blocks here"
+        elif weight.shape[-1] % 2:
+            block, obstacle = None, f"blocks take no odd last dimension ({weight.shape[-1]})"
+    if block is not None and node.op.startswith("Conv") and rows < block:
+        block = None  # a scale for each place of the kernel would weigh more than the weights
+    if block == wanted:
+        return block, ""
+    found = "one scale a channel" if block is None else f"blocks of {block}"
+    return block, f"; {obstacle}: {found}"
 
 
 def embedding(node: Node, table: Constant, target: Target, policy: Policy, bits: int) -> WeightOnly:

@@ -10,10 +10,15 @@ from qpass.embeddings import is_lookup
 from qpass.errors import RecipeError
 from qpass.graph import LINEAR_OPS, Constant, Graph
 from qpass.program import Policy
+from qpass.targets.schema import Target
 
 
-def check_policy(graph: Graph, policy: Policy) -> None:
-    """Raise RecipeError for the first wish that concerns nothing in `graph`."""
+def check_policy(graph: Graph, policy: Policy, target: Target) -> None:
+    """Raise RecipeError for the first wish that concerns nothing in `graph`, or no target like it.
+
+    A target that wants every op between Q and DQ runs nothing with float activations.
+    """
+    _check_weights_alone(policy, target)
     _check_kept(graph, policy)
     _check_bits(graph, policy)
     tensors = graph.tensors()
@@ -25,6 +30,23 @@ def check_policy(graph: Graph, policy: Policy) -> None:
                 f"the plan pins the range of {name}, which is a constant",
                 fix="the range of a constant is that of its values; set it to null",
             )
+
+
+def _check_weights_alone(policy: Policy, target: Target) -> None:
+    given = [policy.precision, *policy.node_bits.values()]
+    alone = next((precision for precision in given if precision.activation is None), None)
+    if alone is not None and target.scheme == "full":
+        raise RecipeError(
+            f"{alone} leaves activations in float, and target {target.name} runs integers alone: "
+            "everything would fall back to the CPU",
+            fix=f"choose integer activations, such as w{max(alone.weight, target.narrowest)}a8, or "
+            "for weights alone a target that takes them: ort-x86, ort-arm, openvino, tensorrt",
+        )
+    if policy.asymmetric_weights and any(not rule.zero_points for rule in target.weight_rules):
+        raise RecipeError(
+            f"target {target.name} takes no zero points of weights",
+            fix="leave --asymmetric-weights out",
+        )
 
 
 def _check_kept(graph: Graph, policy: Policy) -> None:

@@ -12,6 +12,7 @@ from qpass.bits import bits_of_nodes
 from qpass.embeddings import embeddings, tied_tables
 from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
+from qpass.lint import lint
 from qpass.modelfile import save_model
 from qpass.options import Options
 from qpass.passes.weight_only import gather_blocks, half_scales, straighten_gemms
@@ -176,6 +177,63 @@ def test_blocks_that_do_not_divide_the_rows(
     assert spec.describe() == f"s4 symmetric {found}"
     said = "take no blocks" in nodes(plan)["y"].because
     assert said == (spec.block_size != wanted)
+
+
+TENSORRT_WEIGHTS = [
+    # body, weight, bits, what the weight becomes, what the plan says of it
+    ("y = MatMul (x, w)", (64, 48), "w4", "s4 symmetric per_block(0,32)", "GEMM of INT4 weights"),
+    ("y = Gemm <transB = 1> (x, w)", (48, 64), "w4", "s4 symmetric per_block(1,32)", "GEMM"),
+    ("y = MatMul (x, w)", (64, 48), "w3", "s3 symmetric per_block(0,32)", "GEMM"),
+    ("y = MatMul (x, w)", (80, 48), "w4", "s4 symmetric per_block(0,16)", "blocks of 16"),
+    ("y = MatMul (x, w)", (100, 48), "w4", "s8 symmetric per_channel(1)", "100 rows take no"),
+    ("y = MatMul (x, w)", (64, 33), "w4", "s8 symmetric per_channel(1)", "odd last dimension"),
+    ("y = MatMul (x, w)", (16, 64, 48), "w4", "s8 symmetric", "for matrices"),
+    ("y = MatMul (x, w)", (64, 48), "w8", "s8 symmetric per_channel(1)", "no kernel reads them"),
+    ("y = Conv (x, w)", (16, 16, 3, 3), "w4", "s8 symmetric per_channel(0)", "so 8 bits"),
+]
+
+
+@pytest.mark.parametrize(("body", "shape", "bits", "spec", "reason"), TENSORRT_WEIGHTS)
+def test_tensorrt_takes_narrow_weights_in_blocks_only(
+    tmp_path: Path, body: str, shape: tuple[int, ...], bits: str, spec: str, reason: str
+) -> None:
+    weight = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+    given = {"Conv": "1,16,8,8", "Gemm": "3,64"}.get(body.split()[2], f"1,3,{shape[-2]}")
+    graph = from_text(f"{HEAD} g (float[{given}] x) => (float y) {{ {body} }}", w=weight)
+    made = built(graph, TARGETS["tensorrt"], bits, low_bit_edges=True)
+    (decision,) = made.plan.decisions
+    node = nodes(made.plan)["y"]
+    assert decision.spec.describe() == spec
+    assert reason in node.because
+    assert node.bits == f"w{decision.spec.bits}"
+    assert node.precision == ("weights" if decision.spec.storage.bits == 4 else "stored")
+    found = {finding.rule for finding in lint(saved(made, tmp_path), "tensorrt")}
+    assert found <= {"QP034"}  # weights that are integers in the file only
+    assert found == set() or "Conv" in body
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_tensorrt_takes_the_block_size_of_the_user(size: int) -> None:
+    options = {"low_bit_edges": True, "block_size": size}
+    made = built(product(256, 48), TARGETS["tensorrt"], **options)
+    assert [d.spec.block_size for d in made.plan.decisions] == [size]
+
+
+def test_tensorrt_takes_no_zero_points() -> None:
+    with pytest.raises(RecipeError, match="tensorrt takes no zero points"):
+        built(product(64, 48), TARGETS["tensorrt"], asymmetric_weights=True)
+
+
+@pytest.mark.parametrize("name", ["qnn-htp", "vitis-xint8"])
+@pytest.mark.parametrize("precision", ["w4", "w8"])
+def test_targets_that_want_all_in_integers_refuse_weights_alone(name: str, precision: str) -> None:
+    with pytest.raises(RecipeError, match=f"{precision} leaves activations in float") as caught:
+        built(product(64, 48), TARGETS[name], precision)
+    fits = "w4a8" if (name, precision) == ("qnn-htp", "w4") else "w8a8"
+    assert f"such as {fits}" in str(caught.value)
+    single = {"node_bits": {"node_y": Precision.parse(precision)}}
+    with pytest.raises(RecipeError, match=f"{precision} leaves activations in float"):
+        built(product(64, 48), TARGETS[name], "w8a8", **single)
 
 
 def test_weights_without_a_kernel_are_stored_only() -> None:

@@ -67,6 +67,13 @@ class WeightRule:
         A Gemm may hold its weight transposed (transB = 1).
     activations_apart
         Relu and Clip behind the op hide the kernel; Max and Min do not.
+    narrow_in_blocks
+        Weights below 8 bits are taken as matrices with blocks and an even last dimension only;
+        others have 8 bits, for which one scale a channel is the rule.
+    half_scales
+        Scales of blocks may be float16 constants behind a Cast.
+    zero_points
+        Weights may have zero points.
     """
 
     ops: frozenset[str]
@@ -76,6 +83,9 @@ class WeightRule:
     ragged: bool = False
     transposed: bool = True
     activations_apart: bool = False
+    narrow_in_blocks: bool = False
+    half_scales: bool = True
+    zero_points: bool = True
     note: str = ""
 
     def block_for(self, length: int, wanted: int) -> int | None:
@@ -117,6 +127,11 @@ class Target:
     def weight_rule_for(self, op: str) -> WeightRule | None:
         """Return the rule for integer weights of `op` behind float activations, or None."""
         return next((rule for rule in self.weight_rules if op in rule.ops), None)
+
+    @property
+    def narrowest(self) -> int:
+        """Bits of the narrowest weights and activations of an integer product."""
+        return min(rule.min_bits for rule in self.rules if rule.role == "linear")
 
     @property
     def own_engine(self) -> Literal["ort", "openvino"]:

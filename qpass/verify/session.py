@@ -27,6 +27,7 @@ from qpass.verify.engines import EngineName
 
 SESSION_KEY: Final = "qpass.session"
 TARGET_KEY: Final = "qpass.target"
+NBITS: Final = "MatMulNBits"
 ACCURACY_LEVEL: Final = "session.qdq_matmulnbits_accuracy_level"
 IN_FLOAT: Final = "session.disable_quant_qdq"
 NARROW_IN_FLOAT: Final[Mapping[str, str]] = {
@@ -46,12 +47,17 @@ NARROW: Final[Mapping[str, Mapping[str, str]]] = {
 def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str, str]:
     """Return what a result needs: session entries of onnxruntime, or properties of OpenVINO.
 
-    Most need none.
+    Most need none. MatMulNBits computes in float32 where it stands in for another engine's kernel.
     """
     entries = {}
     if engine == "ort" and any(node.precision == "weights" for node in plan.nodes):
-        entries[ACCURACY_LEVEL] = str(accuracy_level)
+        entries[ACCURACY_LEVEL] = str(accuracy_level if _is_for_onnxruntime(plan) else 0)
     return {**entries, **(NARROW[engine] if plan.has_narrow_activations else {})}
+
+
+def _is_for_onnxruntime(plan: Plan) -> bool:
+    rules = TARGETS[plan.target].weight_rules if plan.target in TARGETS else ()
+    return any(rule.kernel == NBITS for rule in rules)
 
 
 def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[str]:
@@ -60,6 +66,8 @@ def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[st
     What a file for OpenVINO needs in onnxruntime is said as well: its metadata know one engine.
     """
     own = entries_for(plan, engine, accuracy_level)
+    if not _is_for_onnxruntime(plan):
+        own.pop(ACCURACY_LEVEL, None)
     notes = []
     if own:
         how = "session entries of onnxruntime" if engine == "ort" else "properties of OpenVINO"

@@ -59,6 +59,18 @@ def test_the_accuracy_level_decides(tmp_path: Path) -> None:
     assert 30.0 < report.engines[0].optimizer_diff_db < 60.0
 
 
+def test_where_another_engine_is_meant_the_stand_in_computes_in_float32(tmp_path: Path) -> None:
+    source = weighty(tmp_path)
+    data = {"t0": np.random.default_rng(0).standard_normal((4, 4, 256)).astype(np.float32)}
+    report = qpass.optimize(
+        source, data=data, precision="w4", target="tensorrt", output=tmp_path / "q.onnx",
+        engines=("ort",),
+    )  # fmt: skip
+    assert recorded_entries(read_metadata(report.output)) == EXACT
+    assert report.engines[0].optimizer_diff_db > 80.0
+    assert not any("session entries" in note for note in report.notes)
+
+
 def test_files_of_others_ask_for_nothing() -> None:
     assert recorded_entries({}) == {}
     assert recorded_entries({SESSION_KEY: "no json"}) == {}
