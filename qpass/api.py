@@ -21,13 +21,14 @@ from qpass.evidence import calibrate as calibrate_run
 from qpass.files import check_folder, write_text
 from qpass.graph import Graph
 from qpass.migration import migrate_scales, scale_for_weights
-from qpass.mixed import SIMULATED, search
+from qpass.mixed import search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
 from qpass.options import ROUND_WITH_DATA, Options
 from qpass.passes.normalize import normalize
 from qpass.pipeline import LAYER_SAMPLES, make_norms_static, prepare, quantize
 from qpass.plan import Plan
 from qpass.planner import plan as make_plan
+from qpass.precision_notes import precision_notes
 from qpass.program import Policy, Progress
 from qpass.range_stage import choose_method
 from qpass.recipe import read_recipe
@@ -118,11 +119,7 @@ def optimize(
     run.progress = progress
     engines_for(run)
     prepare(run)
-    if run.policy.precision.simulated:
-        run.notes.append(
-            f"{SIMULATED} the engines here compute {settings.precision} in float; the numbers show "
-            "the accuracy of the integers, not their speed."
-        )
+    run.notes += precision_notes(run)
     held: list[Mapping[str, Any]] = []
     if run.policy.precision.activation is not None or data is not None:
         with run.stages.stage("samples"):

@@ -36,8 +36,9 @@ class NodeBits:
     reason: str = ""
 
     def with_weights(self, bits: int) -> NodeBits:
-        """Return the same with weights of `bits` bits."""
-        return replace(self, precision=replace(self.precision, weight=bits))
+        """Return the same with weights of at least `bits` bits."""
+        weight = max(bits, self.precision.weight)
+        return replace(self, precision=replace(self.precision, weight=weight))
 
 
 def stem_and_head(graph: Graph) -> dict[str, End]:
@@ -105,6 +106,11 @@ def raised(precision: Precision, bits: int = EDGE_BITS) -> Precision:
         weight=max(precision.weight, bits),
         activation=None if activation is None else max(activation, bits),
     )
+
+
+def taken_by(target: Target, precision: Precision) -> Precision:
+    """Return what `target` makes of a precision that is narrower than its integer products."""
+    return precision if precision.activation is None else raised(precision, target.narrowest)
 
 
 def _at_least(wanted: NodeBits, node: Node, target: Target) -> NodeBits:

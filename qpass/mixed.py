@@ -30,6 +30,7 @@ from qpass.mixed_report import Costs, report_of
 from qpass.modelfile import save_model
 from qpass.pipeline import quantize
 from qpass.planner import plan as make_plan
+from qpass.precision_notes import SIMULATED, is_simulated
 from qpass.program import Precision
 from qpass.quantize import build_quantized
 from qpass.report.model import MixedReport
@@ -43,7 +44,6 @@ Feeds = Mapping[str, Array]
 MOST_POINTS: Final = 33  # of the front that are looked at
 MOST_TRIALS: Final = 7
 SAMPLES: Final = 8  # to measure sensitivities with
-SIMULATED: Final = "SIMULATED:"  # begins the note of precisions that CPUs do not have
 WHY: Final = "mixed precision: float, for the budget"
 
 
@@ -306,5 +306,5 @@ def search(run: Run, held: Sequence[Feeds]) -> None:
         budget = sqnr_budget(run, options.min_sqnr, held)
     run.mixed = choose_bits(run, list(held[:SAMPLES]), budget)
     assert run.plan is not None
-    if not any(Precision.parse(node.bits).simulated for node in run.plan.nodes if node.bits):
+    if not is_simulated(run.plan):
         run.notes = [note for note in run.notes if not note.startswith(SIMULATED)]

@@ -179,7 +179,7 @@ def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gat
         model=str(run.source),
         output=str(output),
         target=run.target.name,
-        precision=run.options.precision,
+        precision=str(run.precision),
         passes=tuple(run.passes),
         nodes=NodeCounts(
             float=len(run.graph.nodes),

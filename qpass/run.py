@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import onnx
 
+from qpass.bits import taken_by
 from qpass.calibrate import (
     TensorStats,
 )
@@ -93,6 +94,11 @@ class Run:
     samples: int = 0
     fingerprint: str = ""
 
+    @property
+    def precision(self) -> Precision:
+        """The precision that the result has: the one asked for, or what the target makes of it."""
+        return taken_by(self.target, self.policy.precision)
+
 
 def start(source: Path, options: Options) -> Run:
     """Check the options and load the target."""
@@ -130,7 +136,7 @@ def metadata_of(run: Run) -> dict[str, str]:
         "qpass.version": __version__,
         "qpass.source_sha256": sha256_of(run.source),
         TARGET_KEY: run.target.name,
-        "qpass.precision": run.options.precision,
+        "qpass.precision": str(run.precision),
         "qpass.samples_sha256": run.fingerprint,
         "qpass.options": json.dumps(options, sort_keys=True, default=list),
         "qpass.onnx": onnx.__version__,

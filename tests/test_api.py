@@ -170,6 +170,63 @@ def test_sixteen_bit_activations_are_marked_as_simulated(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("target", "precision", "made"),
+    [
+        ("tensorrt", "w4a4", "w8a8"), ("vitis-xint8", "w4a8", "w8a8"), ("qnn-htp", "w3a8", "w4a8"),
+        ("qnn-htp", "w4a8", "w4a8"),
+    ],
+)  # fmt: skip
+def test_the_report_has_the_precision_of_the_file(
+    tmp_path: Path, target: str, precision: str, made: str
+) -> None:
+    def widened(**options: Any) -> list[str]:
+        report = optimize(
+            CNN, DIGITS, target=target, output=tmp_path / "q.onnx", samples=16, equalize=False,
+            calibrate="minmax", compensate="none", round="rtn", **options,
+        )  # fmt: skip
+        assert report.precision == read_metadata(report.output)["qpass.precision"]
+        simulated = [note for note in report.notes if note.startswith("SIMULATED")]
+        assert len(simulated) == (made == "w4a8")
+        assert all(made in note for note in simulated)
+        return [report.precision, *(n for n in report.notes if n.startswith("WIDER THAN ASKED"))]
+
+    bits, *notes = widened(precision=precision)
+    assert bits == made
+    assert len(notes) == (precision != made)
+    assert all(precision in note and made in note for note in notes)
+    if made == "w8a8":
+        bits, *notes = widened(bits=(f"*={precision}",))  # of one layer only
+        assert (bits, len(notes)) == ("w8a8", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"precision": "w3"}, "weights of 3 bits are stored as int4"),
+        ({"precision": "w2"}, "weights of 2 bits are stored as int4"),
+        ({"precision": "w6"}, "weights of 6 bits are stored as int8"),
+        ({"precision": "w4"}, ""),
+        ({"precision": "w8"}, ""),
+        ({"precision": "w8", "target": "ort-x86-avx2"}, ""),  # 7 bits, which nobody asked for
+        ({"precision": "w8", "block_size": 128, "target": "tensorrt"}, "--block-size 128 is used"),
+        ({"precision": "w4", "block_size": 128}, ""),
+        ({"precision": "w4", "target": "tensorrt"}, "WIDER THAN ASKED: 6 of 6 layers"),
+    ],
+)
+def test_weights_that_are_stored_in_another_way_are_said(
+    tmp_path: Path, options: dict[str, Any], text: str
+) -> None:
+    output = tmp_path / "q.onnx"
+    report = optimize(
+        CNN, None, output=output, low_bit_edges="w8" not in options.values(), **options
+    )
+    signs = ("weights of", "--block-size", "WIDER")
+    notes = [note for note in report.notes if note.startswith(signs)]
+    assert len(notes) == bool(text)
+    assert all(note.startswith(text) for note in notes)
+
+
+@pytest.mark.parametrize(
     ("precision", "target"), [("w4a8", "ort-x86"), ("w5a8", "ort-x86"), ("w4a8", "openvino")]
 )
 def test_zero_points_of_weights_are_said(tmp_path: Path, precision: str, target: str) -> None:
