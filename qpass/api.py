@@ -33,8 +33,8 @@ from qpass.program import Policy, Progress
 from qpass.range_stage import choose_method
 from qpass.recipe import read_recipe
 from qpass.report.html import plotly_js, write_html
-from qpass.report.model import EngineReport, LayerReport, Report
-from qpass.result import build_report, evaluate_metric, gates_of, load_callable
+from qpass.report.model import EngineReport, Report
+from qpass.result import build_report, evaluate_metric, gates_of, layers_of, load_callable
 from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
 from qpass.run import SCALED_KEY, Run, metadata_of, model_key, start
 from qpass.runtime_cost import runtime_costs
@@ -154,7 +154,7 @@ def optimize(
             run.notes += aim_notes(run, held)
             run.runtime_costs = runtime_costs(run, trial, held, seconds=TIMING_SECONDS)
             with run.stages.stage("layers"):
-                run.layers = _layers(run, held[:LAYER_SAMPLES])
+                run.layers = layers_of(run, held[:LAYER_SAMPLES])
         metric = evaluate_metric(run, trial)
     gates = gates_of(run, metric)
     if run.plan is not None:
@@ -186,34 +186,6 @@ def _fits(run: Run, source: Path, *, note: bool = False) -> bool:
             f"--memory is {run.options.memory}. Raise it to have the result run and compared."
         )
     return False
-
-
-def _layers(run: Run, samples: list[Mapping[str, Any]]) -> list[LayerReport]:
-    if not samples:
-        return []
-    assert run.graph is not None
-    assert run.quantized is not None
-    assert run.plan is not None
-    integer = run.plan.integer_nodes()
-    reference = run.graph.to_model(inline=True)
-    rows = compare_layers(reference, run.quantized.to_model(inline=True), samples)
-    before = rows
-    if run.plain is not None and run.plain is not run.quantized:
-        before = compare_layers(reference, run.plain.to_model(inline=True), samples)
-    fitted = {layer.name: layer for layer in run.compensation.layers} if run.compensation else {}
-    return [
-        LayerReport(
-            name=row.name,
-            op=row.op,
-            sqnr_db_before=plain.sqnr_db,
-            sqnr_db_after=row.sqnr_db,
-            cosine=row.cosine,
-            precision="integer" if row.name in integer else "float",
-            corrected_channels=fitted[row.name].corrected if row.name in fitted else 0,
-            refused_channels=fitted[row.name].refused if row.name in fitted else (),
-        )
-        for row, plain in zip(rows, before, strict=True)
-    ]
 
 
 def plan(

@@ -225,6 +225,10 @@ def take_batches(run: Run, samples: Samples, held: Sequence[Any]) -> None:
         limit = run.options.samples if learns else COMPENSATION_SAMPLES
         some = islice(iter(samples), limit)
         size = run.options.batch_size
-        run.batches = [feeds for _, feeds in batches(some, size, inputs)]
+        counted = list(batches(some, size, inputs))
+        run.batches = [feeds for _, feeds in counted]
+        # Weights alone are rounded with samples that no statistics were taken of.
+        run.samples = max(run.samples, sum(count for count, _ in counted))
+        run.fingerprint = run.fingerprint or samples.fingerprint()
         if len(held) >= LEAST_JUDGES:
             run.judges = [feeds for _, feeds in batches(held, size, inputs)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from qpass.choose import QTable
 from qpass.graph import Graph
@@ -72,7 +73,5 @@ def build_quantized(
 
 
 def timed(report: PassReport, seconds: float) -> PassReport:
-    """Return `report` with its time filled in."""
-    return PassReport(
-        name=report.name, changed=report.changed, refusals=report.refusals, seconds=seconds
-    )
+    """Return `report` with its time filled in; a pass may know of more, spent before."""
+    return replace(report, seconds=max(report.seconds, seconds))

@@ -6,7 +6,7 @@ import importlib
 import math
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +16,17 @@ import onnx
 import onnxruntime
 
 from qpass.calibrate import estimated_sqnr_db, histogram_view
+from qpass.compare import compare_layers
 from qpass.errors import InternalError, RecipeError
+from qpass.graph import Constant
 from qpass.modelfile import model_bytes
 from qpass.report.model import (
+    NOT_CHECKED,
     Cost,
     EngineReport,
     FileSizes,
     Gate,
+    LayerReport,
     MapNode,
     Metric,
     NodeCounts,
@@ -116,13 +120,13 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
             )
         )
     for engine in run.engines:
-        finite = engine.sqnr_db is None or engine.sqnr_db > -math.inf
+        ran = engine.sqnr_db is not None
         gates.append(
             Gate(
                 name=f"{engine.name}: finite",
                 wanted="finite outputs",
-                got=engine.sqnr_db,
-                passed=finite,
+                got=engine.sqnr_db if ran else f"{NOT_CHECKED}: no samples",
+                passed=engine.sqnr_db is None or engine.sqnr_db > -math.inf,
             )
         )
     if options.min_sqnr is not None:
@@ -169,6 +173,43 @@ def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
     return gates
 
 
+def layers_of(run: Run, samples: Sequence[Mapping[str, Any]]) -> list[LayerReport]:
+    """Compare the layers of the result with the float model, before and after compensation.
+
+    What a layer runs in is what the first engine that took the file made of it.
+    """
+    if not samples:
+        return []
+    assert run.graph is not None
+    assert run.quantized is not None
+    assert run.plan is not None
+    left = {op.node for engine in run.engines[:1] for op in engine.float_ops}
+    kinds = {
+        node.name: node.precision
+        for node in run.plan.nodes
+        if node.precision in ("integer", "weights") and node.name not in left
+    }
+    reference = run.graph.to_model(inline=True)
+    rows = compare_layers(reference, run.quantized.to_model(inline=True), samples)
+    before = rows
+    if run.plain is not None and run.plain is not run.quantized:
+        before = compare_layers(reference, run.plain.to_model(inline=True), samples)
+    fitted = {layer.name: layer for layer in run.compensation.layers} if run.compensation else {}
+    return [
+        LayerReport(
+            name=row.name,
+            op=row.op,
+            sqnr_db_before=plain.sqnr_db,
+            sqnr_db_after=row.sqnr_db,
+            cosine=row.cosine,
+            precision=kinds.get(row.name, "float"),
+            corrected_channels=fitted[row.name].corrected if row.name in fitted else 0,
+            refused_channels=fitted[row.name].refused if row.name in fitted else (),
+        )
+        for row, plain in zip(rows, before, strict=True)
+    ]
+
+
 def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gate, ...]) -> Report:
     """Put everything that `run` found out into a report."""
     if run.graph is None or run.plan is None or run.quantized is None:
@@ -184,7 +225,10 @@ def build_report(run: Run, output: Path, metric: Metric | None, gates: tuple[Gat
         nodes=NodeCounts(
             float=len(run.graph.nodes),
             quantized=len(run.quantized.nodes),
-            added_at_runtime=sum(node.name not in before for node in compute),
+            added_at_runtime=sum(
+                node.name not in before and not all(isinstance(t, Constant) for t in node.inputs)
+                for node in compute
+            ),
         ),
         engines=tuple(run.engines),
         layers=tuple(run.layers),

@@ -193,6 +193,11 @@ def _check_all(
             )
         except EngineError as error:
             failures[engine] = str(error)
+            if engine != run.target.own_engine:
+                failures[engine] = (
+                    f"{engine} does not {error.action}, which is for {run.target.name}: "
+                    f"{error.cause}"
+                )
     return reports, failures
 
 

@@ -24,6 +24,7 @@ from tests.jobs import (
     changed,
     engine,
     listing,
+    model_of,
     normal,
     op_types,
     optimize,
@@ -167,6 +168,55 @@ def test_sixteen_bit_activations_are_marked_as_simulated(tmp_path: Path) -> None
     assert report.ok, "float kernels of a simulated precision are no failure"
     types = {proto.data_type for proto in onnx.load(report.output).graph.initializer}
     assert onnx.TensorProto.UINT16 in types
+
+
+def test_layers_run_in_what_the_engine_made_of_them(tmp_path: Path) -> None:
+    options = {"samples": 16, "equalize": False, "calibrate": "minmax", "compensate": "none"}
+    report = optimize(CNN, DIGITS, precision="w4a8", output=tmp_path / "q.onnx", **options)
+    left = {op.node: op.reason for op in engine(report).float_ops}
+    kinds = {layer.name: layer.precision for layer in report.layers}
+    narrow = {name for name, kind in kinds.items() if kind == "float"}
+    assert narrow
+    assert narrow <= left.keys()
+    assert all("no int4 kernel" in left[name] or "no uint4" in left[name] for name in narrow)
+    assert "integer" in kinds.values()  # stem and head have 8 bits
+    assert not {name for name, kind in kinds.items() if kind == "integer"} & left.keys()
+
+
+def test_weights_that_are_rounded_with_samples_count_them(tmp_path: Path) -> None:
+    options = {"precision": "w4", "low_bit_edges": True, "output": tmp_path / "q.onnx"}
+    report = optimize(VIT, DIGITS, round="gptq", samples=16, **options)
+    assert report.cost.samples == 16
+    assert len(read_metadata(report.output)["qpass.samples_sha256"]) == 64
+    assert "weights" in {layer.precision for layer in report.layers}
+    # Scales of blocks are float16 behind a Cast, which engines fold at load.
+    report = optimize(VIT, None, **options)
+    assert "Cast" in op_types(report.output)
+    assert report.nodes.added_at_runtime == 0
+    assert report.cost.samples == 0
+
+
+def test_an_engine_that_the_file_is_not_for_refuses_in_a_sentence(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    model = model_of(
+        """
+        <ir_version: 10, opset_import: ["": 21]>
+        lm (int64[N,5] ids) => (float[N,5,40] y) {
+          [e] a = Gather(table, ids)
+          [m] b = MatMul(a, w)
+          [h] y = MatMul(b, v)
+        }
+        """,
+        table=random.standard_normal((40, 64)).astype(np.float32),
+        w=(64, 64),
+        v=(64, 40),
+    )
+    path = saved(model, tmp_path)
+    report = optimize(path, None, precision="w4", engines=("ort", "openvino"), low_bit_edges=True)
+    assert report.ok
+    (note,) = (note for note in report.notes if note.startswith("not verified"))
+    assert "openvino does not load m.w4.onnx, which is for ort-x86: GatherBlockQuantized" in note
+    assert "src/" not in note
 
 
 @pytest.mark.parametrize(

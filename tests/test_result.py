@@ -12,6 +12,7 @@ import pytest
 from qpass.api import make_options
 from qpass.errors import InternalError, RecipeError
 from qpass.report.model import EngineReport, FloatOp, Metric
+from qpass.report.wording import verdict_of
 from qpass.result import build_report, gates_of, load_callable, versions
 from qpass.run import Run, start
 from tests.jobs import normal, optimize, saved, small_model
@@ -31,6 +32,16 @@ def run_of(*engines: EngineReport, **options: Any) -> Run:
 
 def failed(run: Run, metric: Metric | None = None) -> list[str]:
     return [gate.name for gate in gates_of(run, metric) if not gate.passed]
+
+
+def test_what_ran_on_no_samples_was_not_checked() -> None:
+    gate = next(g for g in gates_of(run_of(GOOD), None) if g.name == "ort: finite")
+    assert (gate.checked, verdict_of(gate), gate.got) == (True, "passed", 30.0)
+    gate = next(
+        g for g in gates_of(run_of(replace(GOOD, sqnr_db=None)), None) if g.name == "ort: finite"
+    )
+    assert (gate.passed, gate.checked, verdict_of(gate)) == (True, False, "-")
+    assert gate.got == "not checked: no samples"
 
 
 def test_a_good_result_passes() -> None:

@@ -344,7 +344,7 @@ def _gates_and_rounds(report: Report) -> Html:
             gate.name,
             wording.value_of(gate.wanted),
             wording.value_of(gate.got),
-            element("span", "passed", "good") if gate.passed else element("span", "FAILED", "bad"),
+            element("span", wording.verdict_of(gate), "good" if gate.passed else "bad"),
         )
         for gate in report.gates
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 SCHEMA: Final = 1
+NOT_CHECKED: Final = "not checked"  # begins what a gate got that had nothing to judge by
 Real: TypeAlias = float  # for classes with a field called `float`
 
 
@@ -37,7 +38,10 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCounts:
-    """Numbers of nodes; `added_at_runtime` are neither Q/DQ nor in the input model."""
+    """Numbers of nodes; `added_at_runtime` are neither Q/DQ nor in the input model.
+
+    Nodes that read nothing but constants are not among those: engines fold them at load.
+    """
 
     float: int
     quantized: int
@@ -100,7 +104,7 @@ class LayerReport:
     sqnr_db_before: float
     sqnr_db_after: float
     cosine: float | None = None
-    precision: str = "integer"  # "integer" or "float"
+    precision: str = "integer"  # "integer", "weights" (integer ones, float activations), "float"
     corrected_channels: int = 0
     refused_channels: tuple[ChannelRefusal, ...] = ()
 
@@ -158,7 +162,12 @@ class Gate:
     name: str
     wanted: float | str
     got: float | str | None
-    passed: bool
+    passed: bool  # what was not checked did not fail
+
+    @property
+    def checked(self) -> bool:
+        """False where there was nothing to judge by."""
+        return not (isinstance(self.got, str) and self.got.startswith(NOT_CHECKED))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -201,7 +201,7 @@ def _print_gates(report: Report, console: Console) -> None:
             gate.name,
             wording.value_of(gate.wanted),
             wording.value_of(gate.got),
-            "passed" if gate.passed else "FAILED",
+            wording.verdict_of(gate),
         )
         for gate in report.gates
     ]

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qpass.report.model import EngineReport, FloatOp, Latency, LayerReport, Report, RuntimeCost
+from qpass.report.model import (
+    EngineReport,
+    FloatOp,
+    Gate,
+    Latency,
+    LayerReport,
+    Report,
+    RuntimeCost,
+)
 from qpass.verify.metrics import CAP_DB
 
 NONE: Final = "-"
@@ -98,6 +106,13 @@ def integers(engine: EngineReport) -> str:
 def value_of(value: float | str | None) -> str:
     """Write the side of a gate: text as it is, numbers with two digits."""
     return value if isinstance(value, str) else number(value, 2)
+
+
+def verdict_of(gate: Gate) -> str:
+    """Write the verdict on a gate."""
+    if not gate.checked:
+        return "-"
+    return "passed" if gate.passed else "FAILED"
 
 
 def shouts(note: str) -> bool:

@@ -174,7 +174,13 @@ def _optimizer_effect(
 def _planned(plan: Plan | None, found: Mapping[str, Any]) -> int:
     if plan is None:
         return 0
-    return sum(name in found for name in plan.engine_nodes())
+    wanted = plan.engine_nodes()
+    # A kernel may take integers that the plan does not count on, such as 4-bit weights.
+    more = {node.name for node in plan.nodes if node.precision in ("integer", "stored")}
+    return sum(
+        name in wanted or (name in more and op is not None and op.precision == "integer")
+        for name, op in found.items()
+    )
 
 
 def _float_ops(
@@ -190,10 +196,11 @@ def _float_ops(
             continue
         if op is None and plan is not None and name not in wanted:
             continue
-        if name in wanted or plan is None:
+        own = decided.get(name)
+        if plan is None or name in wanted or (own is not None and own.precision == "integer"):
             rule, reason = diagnosis.explain(engine, name)
-        elif name in decided:
-            rule, reason = decided[name].rule or "plan", decided[name].because
+        elif own is not None:
+            rule, reason = own.rule or "plan", own.because
         else:
             continue
         rows.append(

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, get_args
@@ -33,6 +34,11 @@ Array = NDArray[Any]
 EngineName = Literal["ort", "openvino", "reference"]
 
 _LONGEST_MESSAGE: Final = 600
+_LONGEST_CAUSE: Final = 200
+_FRAME: Final = re.compile(
+    r"Exception from|Check '|FrontEnd API failed|Model wasn't fully converted|-- |While validating"
+    r"|Summary:"
+)
 # The exceptions of onnxruntime share no base below Exception; wrong feeds raise Python's own.
 ORT_ERRORS: Final[tuple[type[Exception], ...]] = (
     *(t for t in vars(ort_state).values() if isinstance(t, type) and issubclass(t, Exception)),
@@ -62,7 +68,10 @@ KEEP_SIGNED: Final[Mapping[str, str]] = {"session.qdqisint8allowed": "1"}
 
 
 class EngineError(QpassError):
-    """An engine refused to load or to run a model; the message is the engine's own, trimmed."""
+    """An engine refused to load or to run a model; the message is the engine's own, trimmed.
+
+    `cause` is the first line of it that says what the engine stumbled over.
+    """
 
     def __init__(self, engine: str, action: str, reason: object) -> None:
         """Say which `engine` failed at which `action`, and the `reason` it gave."""
@@ -72,6 +81,9 @@ class EngineError(QpassError):
         if len(text) > _LONGEST_MESSAGE:
             text = text[:_LONGEST_MESSAGE] + " ..."
         self.engine, self.action, self.reason = engine, action, text or type(reason).__name__
+        # What it stumbles over stands between the source lines that it went through.
+        told = (line for line in lines if line and not _FRAME.match(line))
+        self.cause = next(told, self.reason)[:_LONGEST_CAUSE]
         super().__init__(f"{engine} failed to {action}: {self.reason}")
 
 

@@ -66,6 +66,37 @@ def test_nodes_that_the_plan_left_in_float_are_named_but_not_left_over(
     assert list(leftovers(report)) == []
 
 
+def test_integers_that_the_plan_simulates_count_where_an_engine_takes_them(
+    saved, tmp_path: Path
+) -> None:
+    _, path = saved("gemm")
+    nodes = tuple(
+        NodeDecision(name=name, op="Gemm", precision="integer", because="rule t/Gemm", bits=bits)
+        for name, bits in (("fc0", "w4a8"), ("fc1", "w8a8"))
+    )
+    plan = Plan(target="t", precision="w4a8", decisions=(), nodes=nodes)
+    assert set(plan.engine_nodes()) == {"fc1"}
+    options = {"float_model": path, "quantized": path, "reference": Reference.run(path, [])}
+    report = check_engine("ort", plan=plan, workdir=tmp_path, seconds=0.0, **options)
+    assert report.integer_ops == report.planned_integer_ops == 2
+
+
+def test_simulated_integers_that_run_in_float_say_why(saved, tmp_path: Path) -> None:
+    _, path = saved("matmul_bias_trap")
+    node = NodeDecision(
+        name="fc", op="MatMul", precision="integer", because="rule t/MatMul", bits="w4a8"
+    )
+    report = check_engine(
+        "ort", float_model=path, quantized=path, workdir=tmp_path, seconds=0.0,
+        plan=Plan(target="t", precision="w4a8", decisions=(), nodes=(node,)),
+        reference=Reference.run(path, []),
+    )  # fmt: skip
+    ((found),) = report.float_ops
+    assert (found.rule, found.planned) == ("ort/MatMul", False)
+    assert "MatMulAddFusion" in found.reason
+    assert report.planned_integer_ops == 0
+
+
 def test_openvino_is_compared_with_the_graph_as_it_is_written(saved, feeds, tmp_path: Path) -> None:
     model, path = saved("conv_chain")
     report = check_engine(

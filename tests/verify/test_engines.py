@@ -127,6 +127,32 @@ def test_a_graph_that_makes_no_sense_is_an_engine_error(name, tmp_path):
     assert "Exception from" not in str(caught.value)
 
 
+OPENVINO_SAYS = """Exception from src/inference/src/cpp/core.cpp:132:
+Check 'false' failed at src/frontends/common_translators/src/unconverted_ops_report.cpp:151:
+FrontEnd API failed with OpConversionFailure:
+Model wasn't fully converted. Failed operations detailed log:
+-- com.microsoft.GatherBlockQuantized with a message:
+While validating ONNX node '<Node(GatherBlockQuantized): e>':
+GatherBlockQuantized: 'scales' must be a constant
+
+Summary:
+-- Conversion is failed for: com.microsoft.GatherBlockQuantized
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (OPENVINO_SAYS, "GatherBlockQuantized: 'scales' must be a constant"),
+        ("[ONNXRuntimeError] : 1 : FAIL\nmore", "[ONNXRuntimeError] : 1 : FAIL"),
+        ("x" * 500, "x" * 200),
+        ("Summary:", "Summary:"),
+    ],
+)
+def test_the_cause_of_a_refusal_is_one_line(said: str, cause: str) -> None:
+    assert EngineError("openvino", "load m.onnx", said).cause == cause
+
+
 def test_openvino_cannot_run_unoptimized(saved):
     _, path = saved("gemm")
     with pytest.raises(ValueError, match="no switch"):
