@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -22,6 +23,9 @@ WeightRange = Literal["auto", "minmax", "mse", "percentile"]
 ROUND_WITH_DATA: Final = ("auto", "gptq", "erq", "unit", "adaround")
 THOROUGH: Final = ("unit", "adaround")  # these look at all of them
 TUNE_STEPS: Final = 300  # with adaround
+ITERATIONS: Final = 300
+ACCURACY_LEVEL: Final = 4
+EDGE: Final = 8  # bits that stem and head keep
 
 BYTES: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 UNITS: Final = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -70,7 +74,7 @@ class Options:
     round: RoundMethod = "auto"  # gptq with refits where activations are quantized
     weight_range: WeightRange = "auto"  # auto: by the rounding, see `qpass.choose`
     row_weights: RowWeights = "auto"  # of the rounding; auto: gradient with adaround, else norm
-    iterations: int = 300  # of adaround, for each unit
+    iterations: int = ITERATIONS  # of adaround, for each unit
     # Steps that learn gains and offsets by gradients of the outputs; None: some with adaround.
     tune: int | None = None
     unified_norm: UnifiedNormMode = "auto"  # auto: affine maps of channels fold into linear ops
@@ -84,7 +88,9 @@ class Options:
     low_bit_edges: bool = False  # stem and head may go below 8 bits
     block_size: int | None = None  # rows with one scale, weights only; None: 32 below 8 bits
     asymmetric_weights: bool = False  # weights only: a zero point for each scale
-    accuracy_level: int = 4  # of onnxruntime's MatMulNBits; 4 rounds activations to 8 bits
+    accuracy_level: int = (
+        ACCURACY_LEVEL  # of onnxruntime's MatMulNBits; 4 rounds activations to 8 bits
+    )
     samples: int = 128
     holdout: float = 0.25
     batch_size: int = 4
@@ -105,22 +111,21 @@ class Options:
     min_speedup: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the values that can be checked without a model.
+        """Check what can be checked without a model.
 
         Raises:
-            RecipeError: a value is out of its range, or two options contradict each other.
+            RecipeError: a value is out of its range, two options contradict each other, or one has
+                no effect beside the others.
         """
-        activation = Precision.parse(self.precision).activation
+        self.check_values()
+        self.check_together()
+
+    def check_values(self) -> None:
+        """Check each option by itself; RecipeError for one out of its range."""
+        Precision.parse(self.precision)
         parse_node_bits(self.bits)
         if self.block_size not in (None, 16, 32, 64, 128):
             raise RecipeError(f"--block-size {self.block_size} is not 16, 32, 64 or 128")
-        if activation is not None and (self.block_size or self.asymmetric_weights):
-            name = "--block-size" if self.block_size else "--asymmetric-weights"
-            raise RecipeError(
-                f"{name} is for weights alone, and --precision {self.precision} has activations of "
-                f"{activation} bits",
-                fix=f"choose w4 or w8 as precision, or leave {name} out",
-            )
         if not 0 <= self.accuracy_level <= 4:
             raise RecipeError(f"--accuracy-level {self.accuracy_level} is not 0 to 4")
         parse_bytes(self.memory)
@@ -135,27 +140,10 @@ class Options:
             raise RecipeError(f"--holdout {self.holdout} is not in [0, 1)")
         if self.batch_size < 1:
             raise RecipeError(f"--batch-size {self.batch_size} is not positive")
-        if self.mixed and self.min_sqnr is None and self.max_drop is None:
-            raise RecipeError(
-                "--mixed needs a budget", fix="give --min-sqnr, or --max-drop and --eval"
-            )
         if self.mixed_cost not in get_args(MixedCost):
             raise RecipeError(
                 f"there is no --mixed-cost {self.mixed_cost}", fix="use size or latency"
             )
-        if self.mixed_cost != "size" and not self.mixed:
-            raise RecipeError(
-                f"--mixed-cost {self.mixed_cost} is for --mixed",
-                fix="give --mixed, or leave --mixed-cost out",
-            )
-        if self.mixed and self.activation_scales and activation is not None and activation < 8:
-            raise RecipeError(
-                f"--mixed would give activations more bits than the {activation} that "
-                "--activation-scales counts",
-                fix="leave --mixed out, or choose 8-bit activations (--precision wNa8)",
-            )
-        if self.max_drop is not None and self.eval is None:
-            raise RecipeError("--max-drop needs --eval", fix="give --eval module:callable")
         if self.compensate not in get_args(CompensateMethod):
             raise RecipeError(
                 f"there is no --compensate {self.compensate}",
@@ -172,11 +160,6 @@ class Options:
                 f"there is no --weight-range {self.weight_range}",
                 fix=f"use {', '.join(get_args(WeightRange))}",
             )
-        if self.round == "mse" and self.weight_range not in ("auto", "mse"):
-            raise RecipeError(
-                f"--round mse searches the ranges, --weight-range {self.weight_range} does not",
-                fix=f"use --round rtn --weight-range {self.weight_range}",
-            )
         if self.rotate not in get_args(RotateMode):
             raise RecipeError(
                 f"there is no --rotate {self.rotate}",
@@ -187,15 +170,96 @@ class Options:
                 f"there is no --row-weights {self.row_weights}",
                 fix=f"use {', '.join(get_args(RowWeights))}",
             )
+        if self.iterations < 1:
+            raise RecipeError(f"--iterations {self.iterations} is not positive")
+        if self.tune is not None and self.tune < 0:
+            raise RecipeError(f"--tune {self.tune} is negative", fix="300 is a good value")
+
+    def check_together(self) -> None:
+        """Check what options say of one another; RecipeError for what contradicts or does nothing.
+
+        A recipe is checked without it: the command line may bring the other half.
+        """
+        activation = Precision.parse(self.precision).activation
+        if activation is not None and (self.block_size or self.asymmetric_weights):
+            name = "--block-size" if self.block_size else "--asymmetric-weights"
+            raise RecipeError(
+                f"{name} is for weights alone, and --precision {self.precision} has activations of "
+                f"{activation} bits",
+                fix=f"choose w4 or w8 as precision, or leave {name} out",
+            )
+        if self.mixed and self.min_sqnr is None and self.max_drop is None:
+            raise RecipeError(
+                "--mixed needs a budget", fix="give --min-sqnr, or --max-drop and --eval"
+            )
+        if self.mixed_cost != "size" and not self.mixed:
+            raise RecipeError(
+                f"--mixed-cost {self.mixed_cost} is for --mixed",
+                fix="give --mixed, or leave --mixed-cost out",
+            )
+        if self.mixed and self.activation_scales and activation is not None and activation < 8:
+            raise RecipeError(
+                f"--mixed would give activations more bits than the {activation} that "
+                "--activation-scales counts",
+                fix="leave --mixed out, or choose 8-bit activations (--precision wNa8)",
+            )
+        if self.max_drop is not None and self.eval is None:
+            raise RecipeError("--max-drop needs --eval", fix="give --eval module:callable")
+        if self.round == "mse" and self.weight_range not in ("auto", "mse"):
+            raise RecipeError(
+                f"--round mse searches the ranges, --weight-range {self.weight_range} does not",
+                fix=f"use --round rtn --weight-range {self.weight_range}",
+            )
         if self.row_weights != "auto" and self.round not in ROUND_WITH_DATA:
             raise RecipeError(
                 f"--round {self.round} looks at no rows that --row-weights could weight",
                 fix=f"use --round {' or '.join(ROUND_WITH_DATA)}, or leave --row-weights out",
             )
-        if self.iterations < 1:
-            raise RecipeError(f"--iterations {self.iterations} is not positive")
-        if self.tune is not None and self.tune < 0:
-            raise RecipeError(f"--tune {self.tune} is negative", fix="300 is a good value")
+        for option, reason, fix in self._idle():
+            raise RecipeError(
+                f"{option} has no effect: {reason}", fix=f"{fix}, or leave {option} out"
+            )
+
+    def _idle(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the options that were given and can change nothing: option, why, what to do."""
+        given = Precision.parse(self.precision)
+        every = [given, *parse_node_bits(self.bits).values()]
+        if all(precision.activation is None for precision in every):
+            reason, fix = f"--precision {given} leaves activations in float", "choose wNaM"
+            if self.activations != "static":
+                yield f"--activations {self.activations}", reason, fix
+            if self.calibrate != "auto":
+                yield f"--calibrate {self.calibrate}", reason, fix
+            if self.stats is not None:
+                yield "--stats", reason, fix
+            if self.round not in ROUND_WITH_DATA[1:]:
+                reason = f"--round {self.round} looks at no samples where only weights are integers"
+                for option in self._fitted():
+                    yield option, reason, "give --data and --round gptq"
+        elif self.activations == "dynamic" and str(given) != "w8a8":
+            yield "--activations dynamic", f"it is for w8a8, not for {given}", "choose w8a8"
+        if all(precision.activation is not None for precision in every):
+            level = f"--accuracy-level {self.accuracy_level}"
+            reason = f"it is for weights behind float activations, not for {given}"
+            if self.accuracy_level != ACCURACY_LEVEL:
+                yield level, reason, "choose w4 or w8"
+        if self.iterations != ITERATIONS and self.round != "adaround":
+            reason = f"--round {self.round} does not iterate"
+            yield f"--iterations {self.iterations}", reason, "give --round adaround"
+        if self.low_bit_edges and min(given.weight, given.activation or EDGE) >= EDGE:
+            reason = f"--precision {given} is below 8 bits nowhere"
+            yield "--low-bit-edges", reason, "choose fewer bits"
+
+    def _fitted(self) -> Iterator[str]:
+        """Yield the options that were given for what is fitted to samples."""
+        if self.tune:
+            yield f"--tune {self.tune}"
+        if self.compensate not in ("cwac", "none"):
+            yield f"--compensate {self.compensate}"
+        if self.fit != "ls":
+            yield f"--fit {self.fit}"
+        if self.allow_runtime_ops:
+            yield "--allow-runtime-ops"
 
     @property
     def tune_steps(self) -> int:

@@ -14,6 +14,15 @@ from qpass.errors import RecipeError
 from qpass.options import Options
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe(Options):
+    """The options of a file, to which others may be added."""
+
+    def __post_init__(self) -> None:
+        """Check each by itself."""
+        self.check_values()
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe; keys are the long option names with `-` or `_`.
 
@@ -25,7 +34,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", where=str(path)) from error
     keys = {key.replace("-", "_"): value for key, value in data.items()}
-    strict = validated(Options, frozen=True, config=ConfigDict(extra="forbid"))
+    strict = validated(_Recipe, frozen=True, config=ConfigDict(extra="forbid"))
     try:
         options = TypeAdapter(strict).validate_python(keys)
     except ValidationError as error:

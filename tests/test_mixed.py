@@ -154,7 +154,7 @@ def test_bits_that_the_user_chose_are_kept(model: Path) -> None:
 
 
 def test_weights_alone(model: Path) -> None:
-    report, found = mixed(model, precision="w4", min_sqnr=25.0)
+    report, found = mixed(model, precision="w4", calibrate="auto", min_sqnr=25.0)
     assert report.ok
     assert {layer.bits for layer in found.layers} <= {"w4", "w8", "float"}
 

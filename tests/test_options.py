@@ -73,6 +73,59 @@ def test_options_refused(options: dict[str, Any], what: str) -> None:
     assert what in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"precision": "w4", "activations": "dynamic"}, "--activations dynamic"),
+        ({"precision": "w4a8", "activations": "dynamic"}, "--activations dynamic"),
+        ({"precision": "w4", "calibrate": "entropy"}, "--calibrate entropy"),
+        ({"precision": "w8", "stats": "s.npz"}, "--stats"),
+        ({"precision": "w4", "tune": 100}, "--tune 100"),
+        ({"precision": "w4", "tune": 100, "round": "mse"}, "--tune 100"),
+        ({"precision": "w4", "compensate": "qwt"}, "--compensate qwt"),
+        ({"precision": "w4", "fit": "mm"}, "--fit mm"),
+        ({"precision": "w4", "allow_runtime_ops": True}, "--allow-runtime-ops"),
+        ({"iterations": 50}, "--iterations 50"),
+        ({"iterations": 50, "round": "unit"}, "--iterations 50"),
+        ({"accuracy_level": 0}, "--accuracy-level 0"),
+        ({"low_bit_edges": True}, "--low-bit-edges"),
+        ({"low_bit_edges": True, "precision": "w8"}, "--low-bit-edges"),
+        ({"low_bit_edges": True, "precision": "w8a16"}, "--low-bit-edges"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(RecipeError, match=f"{what} has no effect") as caught:
+        make_options(**options)
+    assert f"or leave {what} out" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activations": "dynamic", "calibrate": "entropy"},
+        {"precision": "w4", "round": "gptq", "tune": 100, "compensate": "qwt", "fit": "mm"},
+        {"precision": "w4", "compensate": "none", "tune": 0},  # nothing is what comes of it
+        {"precision": "w4", "bits": ("a=w8a8",), "calibrate": "mse"},
+        {"round": "adaround", "iterations": 50},
+        {"precision": "w4", "accuracy_level": 0},
+        {"bits": ("a=w4",), "accuracy_level": 0},
+        {"precision": "w8a4", "low_bit_edges": True},
+        {"precision": "w7", "low_bit_edges": True},
+    ],
+)
+def test_options_with_an_effect_are_taken(options: dict[str, Any]) -> None:
+    make_options(**options)
+
+
+def test_the_command_line_may_bring_what_a_recipe_needs(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("low-bit-edges = true\nblock-size = 64\nmixed = true\n")
+    found = make_options(path, precision="w4", min_sqnr=20.0)
+    assert (found.low_bit_edges, found.block_size, found.mixed) == (True, 64, True)
+    with pytest.raises(RecipeError, match="--block-size is for weights alone"):
+        make_options(path)
+
+
 def test_none_is_the_default() -> None:
     assert make_options(target=None, samples=None) == Options()
 

@@ -276,10 +276,18 @@ def test_it_is_deterministic(saved, tmp_path) -> None:
     assert Path(one.output).read_bytes() == Path(two.output).read_bytes()
 
 
+WIDE = {"low_bit_edges": False}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "w8a8"}, {"round": "rtn"}, {"precision": "w4a4"}, {"activations": "dynamic"}],
-    ids=lambda changes: "-".join(changes.values()),
+    [
+        {"precision": "w8a8", **WIDE},
+        {"round": "rtn"},
+        {"precision": "w4a4"},
+        {"activations": "dynamic", "precision": "w8a8", "bits": ("*=w4a8",), **WIDE},
+    ],
+    ids=["w8a8", "rtn", "w4a4", "dynamic"],
 )
 def test_where_it_is_not_meant_for(changes, saved, tmp_path) -> None:
     report = qpass.optimize(
