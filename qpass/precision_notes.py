@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Final
 
 from qpass.bits import bits_of_nodes, taken_by
+from qpass.options import ACCURACY_LEVEL
 from qpass.plan import Plan
 from qpass.program import Precision
 from qpass.run import Run
+from qpass.verify.session import NBITS, is_for_onnxruntime
 
 SIMULATED: Final = "SIMULATED:"  # begins the note of precisions that CPUs do not have
 
@@ -77,3 +79,7 @@ def _weights_alone(run: Run, plan: Plan) -> Iterator[str]:
     size = run.policy.block_size
     if size is not None and all(spec.block_size != size for spec in readers):
         yield f"--block-size {size} is used for no weight; `qpass plan` says of each why not"
+    level = run.options.accuracy_level
+    if level != ACCURACY_LEVEL and not is_for_onnxruntime(plan):
+        name = run.target.name
+        yield f"--accuracy-level {level} is of {NBITS}, which target {name} does not have"

@@ -260,6 +260,11 @@ def test_the_report_has_the_precision_of_the_file(
         ({"precision": "w8", "target": "ort-x86-avx2"}, ""),  # 7 bits, which nobody asked for
         ({"precision": "w8", "block_size": 128, "target": "tensorrt"}, "--block-size 128 is used"),
         ({"precision": "w4", "block_size": 128}, ""),
+        (
+            {"precision": "w8", "accuracy_level": 0, "target": "openvino"},
+            "--accuracy-level 0 is of",
+        ),
+        ({"precision": "w8", "accuracy_level": 0}, ""),
         ({"precision": "w4", "target": "tensorrt"}, "WIDER THAN ASKED: 6 of 6 layers"),
     ],
 )
@@ -270,7 +275,7 @@ def test_weights_that_are_stored_in_another_way_are_said(
     report = optimize(
         CNN, None, output=output, low_bit_edges="w8" not in options.values(), **options
     )
-    signs = ("weights of", "--block-size", "WIDER")
+    signs = ("weights of", "--", "WIDER")
     notes = [note for note in report.notes if note.startswith(signs)]
     assert len(notes) == bool(text)
     assert all(note.startswith(text) for note in notes)

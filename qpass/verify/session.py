@@ -51,11 +51,12 @@ def entries_for(plan: Plan, engine: EngineName, accuracy_level: int) -> dict[str
     """
     entries = {}
     if engine == "ort" and any(node.precision == "weights" for node in plan.nodes):
-        entries[ACCURACY_LEVEL] = str(accuracy_level if _is_for_onnxruntime(plan) else 0)
+        entries[ACCURACY_LEVEL] = str(accuracy_level if is_for_onnxruntime(plan) else 0)
     return {**entries, **(NARROW[engine] if plan.has_narrow_activations else {})}
 
 
-def _is_for_onnxruntime(plan: Plan) -> bool:
+def is_for_onnxruntime(plan: Plan) -> bool:
+    """True when the kernel for weights behind float activations is onnxruntime's."""
     rules = TARGETS[plan.target].weight_rules if plan.target in TARGETS else ()
     return any(rule.kernel == NBITS for rule in rules)
 
@@ -66,7 +67,7 @@ def loading_note(plan: Plan, engine: EngineName, accuracy_level: int) -> list[st
     What a file for OpenVINO needs in onnxruntime is said as well: its metadata know one engine.
     """
     own = entries_for(plan, engine, accuracy_level)
-    if not _is_for_onnxruntime(plan):
+    if not is_for_onnxruntime(plan):
         own.pop(ACCURACY_LEVEL, None)
     notes = []
     if own:
