@@ -88,9 +88,8 @@ class Options:
     low_bit_edges: bool = False  # stem and head may go below 8 bits
     block_size: int | None = None  # rows with one scale, weights only; None: 32 below 8 bits
     asymmetric_weights: bool = False  # weights only: a zero point for each scale
-    accuracy_level: int = (
-        ACCURACY_LEVEL  # of onnxruntime's MatMulNBits; 4 rounds activations to 8 bits
-    )
+    # Of onnxruntime's MatMulNBits; 4 rounds activations to 8 bits.
+    accuracy_level: int = ACCURACY_LEVEL
     samples: int = 128
     holdout: float = 0.25
     batch_size: int = 4
@@ -236,7 +235,7 @@ class Options:
                 reason = f"--round {self.round} looks at no samples where only weights are integers"
                 for option in self._fitted():
                     yield option, reason, "give --data and --round gptq"
-        elif self.activations == "dynamic" and str(given) != "w8a8":
+        elif self.activations == "dynamic" and all(one.activation != EDGE for one in every):
             yield "--activations dynamic", f"it is for w8a8, not for {given}", "choose w8a8"
         if all(precision.activation is not None for precision in every):
             level = f"--accuracy-level {self.accuracy_level}"

@@ -146,8 +146,8 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
 def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
     left = sum(op.planned for op in own.float_ops)
     gates = []
-    assert run.plan is not None
-    simulated = run.policy.precision.simulated or run.plan.has_narrow_activations
+    narrow = run.plan is not None and run.plan.has_narrow_activations
+    simulated = run.policy.precision.simulated or narrow
     if run.target.engine != "none" and not simulated:
         gates.append(
             Gate(

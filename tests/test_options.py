@@ -77,7 +77,7 @@ def test_options_refused(options: dict[str, Any], what: str) -> None:
     ("options", "what"),
     [
         ({"precision": "w4", "activations": "dynamic"}, "--activations dynamic"),
-        ({"precision": "w4a8", "activations": "dynamic"}, "--activations dynamic"),
+        ({"precision": "w4a4", "activations": "dynamic"}, "--activations dynamic"),
         ({"precision": "w4", "calibrate": "entropy"}, "--calibrate entropy"),
         ({"precision": "w8", "stats": "s.npz"}, "--stats"),
         ({"precision": "w4", "tune": 100}, "--tune 100"),
