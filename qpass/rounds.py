@@ -39,6 +39,7 @@ from qpass.verify.trace import trace
 
 TIMING_SECONDS: Final = 0.6  # per engine
 DIALECT_LOSS_DB: Final = 3.0  # a file of another engine's dialect that loses more is warned of
+FAR_DB: Final = 10.0  # a tenth of the power of the outputs is error
 VERIFYING: Final[tuple[EngineName, ...]] = ("ort", "openvino")
 
 
@@ -148,7 +149,7 @@ def may_repair(run: Run) -> bool:
 
 
 def compare_engines(run: Run) -> None:
-    """Warn of a result slower than float, and of engines that compute the file much worse."""
+    """Warn of a result far from float or slower, and of engines that compute the file worse."""
     own = run.engines[0] if run.engines else None
     if own is None:
         return
@@ -159,6 +160,12 @@ def compare_engines(run: Run) -> None:
         run.notes.append(
             f"SLOWER THAN FLOAT in {own.name}: {own.speedup:.2f}x. Repair found nothing more to "
             "give up; --min-speedup 1 makes it a gate."
+        )
+    if own.sqnr_db is not None and own.sqnr_db < FAR_DB:
+        run.notes.append(
+            f"FAR FROM FLOAT: {own.sqnr_db:.1f} dB. What the outputs are worth, only a metric can "
+            "tell (--eval). The worst layers are listed: --keep PATTERN leaves some in float, "
+            "--mixed --min-sqnr 20 looks for more bits."
         )
     for other in run.engines[1:]:
         if own.sqnr_db is None or other.sqnr_db is None:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import qpass
-from tests.jobs import engine, normal, optimize, precision_of, saved, small_model
+from tests.jobs import CNN, DIGITS, engine, normal, optimize, precision_of, saved, small_model
 
 
 def test_statistics_of_one_pass_serve_every_target(tmp_path: Path) -> None:
@@ -109,3 +109,13 @@ def test_one_layer_of_few_bits_costs_the_others_nothing(
     stored = {t.data_type for t in onnx.load(report.output).graph.initializer}
     assert onnx.TensorProto.INT8 in stored  # weights of the other layers
     assert stored & {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+
+
+def test_a_result_that_is_far_from_float_says_so(tmp_path: Path) -> None:
+    for precision, far in (("w8a8", False), ("w2a8", True)):
+        report = optimize(
+            CNN, DIGITS, precision=precision, low_bit_edges=far, round="rtn", compensate="none",
+            samples=16, output=tmp_path / "q.onnx",
+        )  # fmt: skip
+        assert (engine(report).sqnr_db < 10.0) is far
+        assert any(note.startswith("FAR FROM FLOAT") for note in report.notes) is far
