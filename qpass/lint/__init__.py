@@ -18,10 +18,12 @@ from qpass.lint import engines_table, numbers, onnxruntime_table, structure
 from qpass.lint.model import TARGET_NAMES, Finding, Rule
 from qpass.lint.view import View
 from qpass.skim import skim
+from qpass.targets import TARGETS
 from qpass.wellformed import check_wellformed
 
 __all__ = ["RULES", "TARGET_NAMES", "Finding", "Rule", "lint", "rules_for"]
 
+WITHOUT_VNNI: Final = "-avx2"
 RULES: Final[tuple[Rule, ...]] = (
     *numbers.RULES,
     *structure.RULES,
@@ -33,9 +35,13 @@ RULES: Final[tuple[Rule, ...]] = (
 def rules_for(target: str | None) -> tuple[Rule, ...]:
     """Return the rules that are checked for a target; None: those of every engine.
 
+    A target for CPUs without VNNI (``ort-x86-avx2``) has the rules of its engine.
+
     Raises:
         RecipeError: there is no target of that name.
     """
+    if target is not None and target in TARGETS:
+        target = target.removesuffix(WITHOUT_VNNI)
     if target is not None and target not in TARGET_NAMES:
         raise RecipeError(
             f"lint knows no target called {target!r}",

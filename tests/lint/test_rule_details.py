@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from qpass.errors import ModelError, RecipeError
 from qpass.lint import RULES, TARGET_NAMES, Finding, lint, rules_for
+from qpass.targets import TARGETS
 from tests.lint_models import (
     CHANNELS,
     PER_CHANNEL,
@@ -133,6 +134,12 @@ def test_targets_are_checked() -> None:
     generic = rules_for(None)
     assert all(set(generic) - set(rules_for(t)) <= {r for r in generic if t in r.except_for}
                for t in TARGET_NAMES)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_every_target_has_rules(target: str) -> None:
+    assert rules_for(target) == rules_for(target.removesuffix("-avx2"))
+    assert len(rules_for(target)) > len(rules_for(None)) // 2
 
 
 def test_files_with_external_data_give_the_same_findings(tmp_path: Path) -> None:
