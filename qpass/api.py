@@ -23,7 +23,7 @@ from qpass.graph import Graph
 from qpass.migration import migrate_scales, scale_for_weights
 from qpass.mixed import search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
-from qpass.options import ROUND_WITH_DATA, Options
+from qpass.options import ROUND_WITH_DATA
 from qpass.passes.normalize import normalize
 from qpass.pipeline import LAYER_SAMPLES, make_norms_static, prepare, quantize
 from qpass.plan import Plan
@@ -31,7 +31,7 @@ from qpass.planner import plan as make_plan
 from qpass.precision_notes import precision_notes
 from qpass.program import Policy, Progress
 from qpass.range_stage import choose_method
-from qpass.recipe import read_recipe
+from qpass.recipe import make_options
 from qpass.report.html import plotly_js, write_html
 from qpass.report.model import EngineReport, Report
 from qpass.result import build_report, evaluate_metric, gates_of, layers_of, load_callable
@@ -47,24 +47,6 @@ from qpass.verify.session import loading_note
 # A float graph this many times its file does not fit: weights, their packed copy, activations.
 FLOAT_MEMORY_FACTOR: Final = 2.0
 COMPARE_SAMPLES: Final = 8
-
-
-def make_options(recipe: str | Path | None = None, **options: Any) -> Options:
-    """Build the options of a run: a recipe file first, explicit options win.
-
-    Raises:
-        RecipeError: an unknown or contradicting option.
-    """
-    values: dict[str, Any] = dict(read_recipe(Path(recipe))) if recipe is not None else {}
-    known = {field.name for field in dataclasses.fields(Options)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise RecipeError(f"there is no option {unknown[0]}", fix=", ".join(sorted(known)))
-    values.update({key: value for key, value in options.items() if value is not None})
-    for key in ("keep", "bits", "engines"):
-        if key in values:
-            values[key] = tuple(values[key])
-    return Options(**values)
 
 
 def default_output(model: Path, precision: str) -> Path:

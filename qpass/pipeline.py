@@ -38,7 +38,8 @@ from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
 from qpass.passes.tune import tune
 from qpass.passes.weight_only import straighten_gemms
-from qpass.plan import Plan, read_plan
+from qpass.plan import Plan
+from qpass.plan_edits import edited_policy
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.qparams import QParams
@@ -90,7 +91,7 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         _rewrite_patches(run, run.graph)
     with run.stages.stage("plan"):
         if run.options.plan:
-            run.policy = _edited_policy(run, Path(run.options.plan))
+            run.policy = edited_policy(run, Path(run.options.plan))
         run.plan = make_plan(run.graph, run.target, run.policy)
         run.notes += broken_notes(run.plan)
         if run.options.activation_scales:
@@ -156,26 +157,6 @@ def _freeze_scales(run: Run, path: Path) -> None:
     # Made once: a repair may give up quantizers that the network was trained with all the same.
     if own:
         run.aim = weights_float(run.graph, run.plan, meant_decisions(own, run.plan))
-
-
-def _edited_policy(run: Run, path: Path) -> Policy:
-    edited = read_plan(path)
-    assert run.graph is not None
-    names = {node.name for node in run.graph.nodes}
-    unknown = sorted(edited.node_names - names)
-    if edited.target != run.target.name or unknown:
-        what = f"target {edited.target}" if edited.target != run.target.name else unknown[0]
-        raise RecipeError(
-            f"the plan was made for something else: {what}",
-            where=str(path),
-            fix=f"make it again: qpass plan {run.source} --target {run.target.name} -o {path}",
-        )
-    return replace(
-        run.policy,
-        float_nodes=edited.float_nodes,
-        node_bits={**edited.node_bits, **run.policy.node_bits},
-        ranges=edited.ranges,
-    )
 
 
 def make_norms_static(run: Run, samples: Samples) -> None:

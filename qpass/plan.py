@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+import numpy as np
+
 from qpass.errors import RecipeError
-from qpass.program import Precision
-from qpass.qparams import TensorSpec
+from qpass.program import Activations, Precision
+from qpass.qparams import MIN_SCALE, TensorSpec
 
 SCHEMA: Final = 1
 BYTE: Final = 8  # bits
+# Of the entries of a plan file, what nobody can edit.
+NODE_FIXED: Final = ("name", "op", "rule")
+TENSOR_FIXED: Final = ("tensor", "kind", "spec", "group", "readers")
+SETTINGS: Final = ("activations", "block_size", "asymmetric_weights")
+HEAD_KEYS: Final = (
+    "schema", "target", "precision", *SETTINGS, "fingerprint", "nodes", "tensors"
+)  # fmt: skip
+EDITABLE: Final = (
+    "what can be edited: the precision of a node (integer or float), the bits of a node, the range "
+    "of an activation; `qpass plan -o` makes the file again"
+)
+LEAST_RANGE: Final = MIN_SCALE * 2**16  # with 16 bits, the step of a narrower one is none
 
 # weights: float activations, and a kernel that reads the integer weights. stored: the weights are
 # integers in the file only. passthrough: integers move, nothing is computed.
@@ -75,12 +90,16 @@ class NodeDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All decisions for one graph and target, in topological order."""
+    """All decisions for one graph and target, in topological order.
+
+    `settings` are the options besides the precision that shaped it, by name.
+    """
 
     target: str
     precision: str
     decisions: tuple[Decision, ...]
     nodes: tuple[NodeDecision, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def activations(self) -> Iterator[Decision]:
         """Iterate over the decisions that need statistics."""
@@ -116,11 +135,8 @@ class Plan:
             or (n.precision == "integer" and not (n.bits and Precision.parse(n.bits).simulated))
         }
 
-    def to_json(self) -> str:
-        """Return the editable form.
-
-        `nodes[].precision`, `nodes[].bits` and `tensors[].range` are read back.
-        """
+    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the entries of the editable form: of nodes, and of tensors."""
         nodes = [asdict(node) for node in self.nodes]
         tensors = [
             {
@@ -134,31 +150,65 @@ class Plan:
             }
             for d in self.decisions
         ]
+        return nodes, tensors
+
+    def to_json(self) -> str:
+        """Return the editable form, see `read_plan`."""
+        nodes, tensors = self.rows()
         head = {"schema": SCHEMA, "target": self.target, "precision": self.precision}
+        head |= {**self.settings, "fingerprint": fingerprint_of(nodes, tensors)}
         return json.dumps({**head, "nodes": nodes, "tensors": tensors}, indent=1) + "\n"
+
+
+def fingerprint_of(nodes: Sequence[Mapping[str, Any]], tensors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the digest of what nobody can edit in the entries of a plan file."""
+    fixed = [
+        [[row.get(key) for key in keys] for row in rows]
+        for rows, keys in ((nodes, NODE_FIXED), (tensors, TENSOR_FIXED))
+    ]
+    return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFile:
-    """What is read back from an edited plan: nodes made float, bits of nodes, pinned ranges."""
+    """What is read back from an edited plan.
+
+    settings
+        The options that shape a plan, by their names in `Options`, precision included.
+    float_nodes, node_bits, ranges
+        What can be edited: nodes that are float, with the reason; bits of nodes; pinned ranges.
+    nodes, tensors
+        All entries as they stand in the file.
+    intact
+        True where nothing but what can be edited was changed.
+    """
 
     target: str
     precision: str
+    settings: Mapping[str, Any]
     float_nodes: Mapping[str, str]
     node_bits: Mapping[str, Precision]
     node_names: frozenset[str]
     ranges: Mapping[str, tuple[float, float]]
+    nodes: tuple[Mapping[str, Any], ...]
+    tensors: tuple[Mapping[str, Any], ...]
+    intact: bool
 
 
 def read_plan(path: Path) -> PlanFile:
     """Read an edited plan file.
+
+    Three things can be edited: the `precision` of a node, to ``integer`` or ``float``; the `bits`
+    of a node; and the `range` of an activation, to ``[low, high]``, which holds for all entries of
+    that tensor. Everything else follows from these, from the target and from the options in the
+    head of the file; `qpass.plan_edits` refuses a file in which it was changed.
 
     Raises:
         RecipeError: not a plan file, or an entry that makes no sense.
     """
     try:
         data: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"cannot read the plan: {error}", where=str(path)) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise RecipeError(
@@ -166,34 +216,86 @@ def read_plan(path: Path) -> PlanFile:
             where=str(path),
             fix="make one with `qpass plan -o`",
         )
+    try:
+        return _plan_file(data)
+    except RecipeError as error:
+        raise RecipeError(error.what, where=str(path), fix=error.fix) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"damaged plan entry: {error!r}", where=str(path)) from error
+
+
+def _plan_file(data: Mapping[str, Any]) -> PlanFile:
+    _check_keys("the head of the plan", data, HEAD_KEYS)
     float_nodes: dict[str, str] = {}
     node_bits: dict[str, Precision] = {}
     ranges: dict[str, tuple[float, float]] = {}
-    try:
-        for node in data["nodes"]:
-            if node["precision"] == "float":
-                float_nodes[node["name"]] = node["because"]
-            elif node["precision"] not in get_args(NodePrecision):
+    names: set[str] = set()
+    for node in data["nodes"]:
+        name, precision = node["name"], node["precision"]
+        if precision == "float":
+            float_nodes[name] = str(node["because"])
+        elif precision not in get_args(NodePrecision):
+            raise RecipeError(f"precision {precision!r} of node {name}", fix=EDITABLE)
+        if name in names:
+            raise RecipeError(f"node {name} is there twice", fix=EDITABLE)
+        names.add(name)
+        _check_keys(f"node {name}", node, (*NODE_FIXED, "precision", "bits", "because"))
+        if node["bits"]:
+            node_bits[name] = _bits(name, node["bits"])
+    seen: set[str] = set()
+    for tensor in data["tensors"]:
+        name = tensor["tensor"]
+        if tensor["range"] is not None:
+            found = _range(name, tensor["range"])
+            if ranges.setdefault(name, found) != found:
                 raise RecipeError(
-                    f"precision {node['precision']!r} of node {node['name']}",
-                    where=str(path),
-                    fix="write integer or float",
+                    f"tensor {name} has the ranges {list(ranges[name])} and {list(found)}",
+                    fix="a range holds for all entries of a tensor: write the same, or null",
                 )
-            if node.get("bits"):
-                node_bits[node["name"]] = Precision.parse(str(node["bits"]))
-        for tensor in data["tensors"]:
-            if tensor.get("range") is not None:
-                low, high = (float(value) for value in tensor["range"])
-                ranges[tensor["tensor"]] = (low, high)
-        names = frozenset(node["name"] for node in data["nodes"])
-        target, precision = str(data["target"]), str(data["precision"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"damaged plan entry: {error!r}", where=str(path)) from error
+        _check_keys(f"tensor {name}", tensor, (*TENSOR_FIXED, "range", "because"))
+        entry = json.dumps([tensor[key] for key in TENSOR_FIXED])
+        if entry in seen:
+            raise RecipeError(f"tensor {name} has the same entry twice", fix=EDITABLE)
+        seen.add(entry)
+    precision = str(Precision.parse(data["precision"]))
+    settings = {key: data[key] for key in SETTINGS if key in data}
+    if settings.get("activations", "static") not in get_args(Activations):
+        raise RecipeError(f"activations {settings['activations']!r}", fix="write static or dynamic")
     return PlanFile(
-        target=target,
+        target=str(data["target"]),
         precision=precision,
+        settings={"precision": precision, **settings},
         float_nodes=float_nodes,
         node_bits=node_bits,
-        node_names=names,
+        node_names=frozenset(names),
         ranges=ranges,
+        nodes=tuple(data["nodes"]),
+        tensors=tuple(data["tensors"]),
+        intact=data.get("fingerprint") == fingerprint_of(data["nodes"], data["tensors"]),
+    )
+
+
+def _check_keys(where: str, entry: Mapping[str, Any], keys: Collection[str]) -> None:
+    for key in entry:
+        if key not in keys:
+            raise RecipeError(f"{where} has the key {key!r}, which no plan has", fix=EDITABLE)
+
+
+def _bits(name: str, bits: Any) -> Precision:
+    try:
+        return Precision.parse(str(bits))
+    except RecipeError as error:
+        raise RecipeError(f"bits of node {name}: {error.what}", fix=error.fix) from error
+
+
+def _range(name: str, ends: Any) -> tuple[float, float]:
+    numbers = isinstance(ends, list) and all(type(end) in (int, float) for end in ends)
+    if numbers and len(ends) == 2:
+        low, high = ends
+        largest = float(np.finfo(np.float32).max)
+        if -largest <= low <= 0 <= high <= largest and high - low >= LEAST_RANGE:
+            return float(low), float(high)
+    raise RecipeError(
+        f"the range of tensor {name} is {ends!r}",
+        fix="write [low, high], two float32 numbers with low <= 0 <= high and low < high, or null",
     )

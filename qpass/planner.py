@@ -17,7 +17,6 @@ import numpy as np
 
 from qpass.bits import EDGE_BITS, NodeBits, bits_of_nodes
 from qpass.embeddings import embeddings
-from qpass.errors import ModelError
 from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.masks import MASK_VALUE, holds_mask, masked_tensors
 from qpass.matching import (
@@ -31,7 +30,7 @@ from qpass.matching import (
 )
 from qpass.plan import Decision, Edge, NodeDecision, NodePrecision, Plan
 from qpass.planner_weights import ConstantDecisions, Keys, embedding, weight_only, weight_spec
-from qpass.policy_check import check_policy
+from qpass.policy_check import check_policy, check_result
 from qpass.program import Policy
 from qpass.qparams import TensorSpec
 from qpass.targets.schema import OpRule, Target, with_bits
@@ -50,13 +49,7 @@ def plan(graph: Graph, target: Target, policy: Policy) -> Plan:
     planner = _Planner(graph, target, policy)
     planner.decide()
     result = planner.result()
-    if not any(d.kind != "constant" for d in result.decisions):
-        reasons = sorted({n.because for n in result.nodes if target.rule_for(n.op)})
-        raise ModelError(
-            f"no op of the model can be quantized for target {target.name}",
-            where="; ".join(reasons[:5]) or "the model has no Conv, Gemm or MatMul with weights",
-            fix="`qpass plan` shows the reason for each node",
-        )
+    check_result(result, target)
     return result
 
 
@@ -334,6 +327,7 @@ class _Planner:
             precision=str(self.policy.precision),
             decisions=(*activations, *self.constants.all()),
             nodes=tuple(self._node_decision(node) for node in self.graph.nodes),
+            settings=self.policy.settings,
         )
 
     def _resident_specs(self) -> dict[str, TensorSpec]:

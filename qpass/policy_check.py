@@ -1,4 +1,4 @@
-"""Check that what the user wants speaks of nodes and tensors that the model has."""
+"""Check that what the user wants speaks of the model, and that a plan quantizes anything of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from qpass.embeddings import is_lookup
-from qpass.errors import RecipeError
+from qpass.errors import ModelError, RecipeError
 from qpass.graph import LINEAR_OPS, Constant, Graph
+from qpass.plan import Plan
 from qpass.program import Policy
 from qpass.targets.schema import Target
 
@@ -71,3 +72,15 @@ def _check_bits(graph: Graph, policy: Policy) -> None:
             f"{pattern!r}, which is to be {precision}, matches no Conv, Gemm, MatMul or embedding",
             fix=f"did you mean {', '.join(near)}?" if near else "`qpass plan` lists the nodes",
         )
+
+
+def check_result(plan: Plan, target: Target) -> None:
+    """Raise ModelError for a plan that quantizes nothing."""
+    if any(d.kind != "constant" for d in plan.decisions):
+        return
+    reasons = sorted({n.because for n in plan.nodes if target.rule_for(n.op)})
+    raise ModelError(
+        f"no op of the model can be quantized for target {target.name}",
+        where="; ".join(reasons[:5]) or "the model has no Conv, Gemm or MatMul with weights",
+        fix="`qpass plan` shows the reason for each node",
+    )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from qpass.errors import RecipeError
 
@@ -28,9 +28,12 @@ class Precision:
         """Parse `w8a8`, `w4`, ...; RecipeError on anything else."""
         match = PRECISION.fullmatch(text)
         if match is None:
+            lower = text.strip().lower()
             raise RecipeError(
                 f"precision {text!r} is not understood",
-                fix="write wNaM (N-bit weights, M-bit activations) or wN (weights only), "
+                fix=f"write {lower}"
+                if PRECISION.fullmatch(lower)
+                else "write wNaM (N-bit weights, M-bit activations) or wN (weights only), "
                 "for example w8a8, w8a16, w4a8 or w8",
             )
         weight = int(match["weight"])
@@ -48,6 +51,11 @@ class Precision:
 
     def __str__(self) -> str:
         return f"w{self.weight}" + ("" if self.activation is None else f"a{self.activation}")
+
+
+def chosen(precision: Precision) -> str:
+    """Return the reason why a node has a precision that the user, or a search, gave it."""
+    return f"{precision} by choice"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +94,15 @@ class Policy:
                     f"(w8a8) and give it to the others by --bits '*={self.precision}'",
                 )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options besides the precision that shape a plan as a whole, by name."""
+        return {
+            "activations": self.activations,
+            "block_size": self.block_size,
+            "asymmetric_weights": self.asymmetric_weights,
+        }
+
     def with_wide_weights(self) -> Policy:
         """Return the same with wide weights where activations are integers: 8 bits.
 
@@ -102,10 +119,10 @@ class Policy:
     def own_bits(self, name: str) -> tuple[Precision, str] | None:
         """Return the precision that `node_bits` gives node `name`, with the reason, or None."""
         if name in self.node_bits:
-            return self.node_bits[name], f"{self.node_bits[name]} by choice"
+            return self.node_bits[name], chosen(self.node_bits[name])
         for pattern, precision in self.node_bits.items():
             if fnmatchcase(name, pattern):
-                return precision, f"{precision} by choice: {pattern}"
+                return precision, f"{chosen(precision)}: {pattern}"
         return None
 
     def reason_to_keep(self, name: str) -> str | None:
