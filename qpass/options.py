@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ EDGE: Final = 8  # bits that stem and head keep
 
 BYTES: Final = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 UNITS: Final = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+LEAST_MEMORY: Final = 16 << 20  # bytes; a smaller budget holds no model and no samples
+MOST_JOBS: Final = 1024  # threads; more are a slip of the keyboard, and the system kills them
 
 
 def parse_bytes(text: str) -> int:
@@ -127,7 +130,18 @@ class Options:
             raise RecipeError(f"--block-size {self.block_size} is not 16, 32, 64 or 128")
         if not 0 <= self.accuracy_level <= 4:
             raise RecipeError(f"--accuracy-level {self.accuracy_level} is not 0 to 4")
-        parse_bytes(self.memory)
+        if self.memory_bytes < LEAST_MEMORY:
+            raise RecipeError(
+                f"--memory {self.memory} is less than {LEAST_MEMORY >> 20}MiB",
+                fix="write for example 2GiB",
+            )
+        if not 0 <= self.jobs <= MOST_JOBS:
+            raise RecipeError(
+                f"--jobs {self.jobs} is not 0 to {MOST_JOBS}", fix="0 stands for all cores"
+            )
+        if self.seed < 0:
+            raise RecipeError(f"--seed {self.seed} is negative")
+        self._check_gates()
         if self.samples < 1:
             raise RecipeError(f"--samples {self.samples} is not positive")
         if self.static_norm is not None and not 0.0 < self.static_norm <= 1.0:
@@ -259,6 +273,21 @@ class Options:
             yield f"--fit {self.fit}"
         if self.allow_runtime_ops:
             yield "--allow-runtime-ops"
+
+    def _check_gates(self) -> None:
+        """Raise RecipeError for a gate that every result passes or none does."""
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise RecipeError(f"--min-sqnr {self.min_sqnr} is not a number of dB")
+        if self.min_speedup is not None and not 0.0 < self.min_speedup < math.inf:
+            raise RecipeError(
+                f"--min-speedup {self.min_speedup} is not a positive number",
+                fix="it is float time / quantized time; 1 asks for a result that is not slower",
+            )
+        if self.max_drop is not None and not 0.0 <= self.max_drop < math.inf:
+            raise RecipeError(
+                f"--max-drop {self.max_drop} is not a number from 0 on",
+                fix="it is the largest drop of what --eval returns",
+            )
 
     @property
     def tune_steps(self) -> int:

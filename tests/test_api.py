@@ -344,8 +344,11 @@ def test_a_range_method_can_be_forced(method: str, tmp_path: Path) -> None:
     assert not any("ranges by trial" in note for note in report.notes)
 
 
-def test_too_little_memory_is_said_and_nothing_is_run(tmp_path: Path) -> None:
-    report = optimize(saved(small_model(), tmp_path), None, precision="w8", memory="1kB")
+def test_too_little_memory_is_said_and_nothing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpass.api.FLOAT_MEMORY_FACTOR", 1e9)
+    report = optimize(saved(small_model(), tmp_path), None, precision="w8")
     assert report.engines == ()
     assert any(note.startswith("NOT VERIFIED") for note in report.notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def test_precision_refused(text: str) -> None:
         ({"batch_size": 0}, "--batch-size 0"),
         ({"max_drop": 1.0}, "--max-drop needs --eval"),
         ({"memory": "lots"}, "'lots'"),
+        ({"memory": "0"}, "--memory 0 is less than 16MiB"),
+        ({"memory": "1KiB"}, "--memory 1KiB is less"),
+        ({"jobs": -1}, "--jobs -1"),
+        ({"jobs": 100_000}, "--jobs 100000 is not 0 to 1024"),
+        ({"seed": -1}, "--seed -1"),
+        ({"min_sqnr": math.nan}, "--min-sqnr nan"),
+        ({"min_sqnr": math.inf}, "--min-sqnr inf"),
+        ({"min_speedup": math.nan}, "--min-speedup nan"),
+        ({"min_speedup": 0.0}, "--min-speedup 0.0"),
+        ({"max_drop": math.nan, "eval": "a:b"}, "--max-drop nan"),
+        ({"max_drop": -1.0, "eval": "a:b"}, "--max-drop -1.0"),
+        ({"static_norm": math.nan}, "--static-norm nan"),
+        ({"precision": "W4A8"}, "write w4a8"),
         ({"precision": "int8"}, "'int8'"),
         ({"round": "nearest"}, "--round nearest"),
         ({"weight_range": "sigma"}, "--weight-range sigma"),
@@ -146,6 +160,12 @@ def test_recipe_then_explicit_options(tmp_path: Path) -> None:
         ('samples = "many"', "recipe key samples"),
         ('activations = "sometimes"', "recipe key activations"),
         ("samples = ", "cannot read the recipe"),
+        ('keep = "f.0"', r'a list of strings is wanted(.|\n)*write keep = \["f\.0"\]'),
+        ("bits = [1]", "recipe key bits.0: a list of strings is wanted"),
+        ("min-sqnr = 1\nmin_sqnr = 2", "min-sqnr and min_sqnr, which is one option"),
+        ('data = "x.npz"', "recipe key data(.|\\n)*--data on the command line"),
+        ('output = "q.onnx"', "recipe key output(.|\\n)*-o on the command line"),
+        ('engine = "ort"', r"recipe key engine(.|\n)*did you mean engines\?"),
     ],
 )
 def test_recipe_refused(text: str, what: str, tmp_path: Path) -> None:
@@ -154,6 +174,17 @@ def test_recipe_refused(text: str, what: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=what) as caught:
         read_recipe(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_recipe_error_lists_the_keys_only_where_they_help(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('samples = "many"')
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert "mixed_cost" not in str(caught.value)
+    path.write_text("colour = 3")
+    with pytest.raises(RecipeError, match="mixed_cost"):
+        read_recipe(path)
 
 
 def test_recipe_value_out_of_range_is_a_recipe_error(tmp_path: Path) -> None:

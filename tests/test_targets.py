@@ -88,6 +88,8 @@ def test_the_registry() -> None:
     with pytest.raises(RecipeError, match="no target called 'trt'") as caught:
         load_target("trt")
     assert "tensorrt" in str(caught.value)
+    with pytest.raises(RecipeError, match=r"did you mean ort-x86\?"):
+        load_target("ORT-X86")
 
 
 @every_target

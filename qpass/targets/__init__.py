@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Final
 
 from qpass.errors import RecipeError
@@ -30,6 +31,8 @@ def load_target(name: str) -> Target:
     try:
         return TARGETS[name]
     except KeyError:
+        near = get_close_matches(name.lower(), TARGETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(
-            f"there is no target called {name!r}", fix=f"choose one of: {', '.join(TARGETS)}"
+            f"there is no target called {name!r}", fix=f"{hint}choose one of: {', '.join(TARGETS)}"
         ) from None
