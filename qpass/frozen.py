@@ -98,6 +98,7 @@ def _frozen(entry: Any) -> FrozenScale:
     unknown = sorted(set(entry) - KEYS)
     if unknown:
         raise ValueError(f"{unknown[0]} is not one of {', '.join(sorted(KEYS))}")
+    _check_numbers(entry["scale"])
     scale = np.asarray(entry["scale"], np.float64)
     if scale.ndim > 1:
         scale = scale.squeeze()
@@ -110,6 +111,7 @@ def _frozen(entry: Any) -> FrozenScale:
     zero_points = entry.get("zero_point")
     zero_point = None
     if zero_points is not None:
+        _check_numbers(zero_points)
         distinct = np.unique(np.asarray(zero_points, np.float64))
         whole = np.isfinite(distinct) & (distinct == np.rint(distinct))
         if distinct.size != 1 or not whole.all():
@@ -119,6 +121,13 @@ def _frozen(entry: Any) -> FrozenScale:
     return FrozenScale(
         scale=scale, zero_point=zero_point, storage=None if kind is None else TYPES[kind]
     )
+
+
+def _check_numbers(values: Any) -> None:
+    """Raise ValueError for text and for true and false, which NumPy would make numbers of."""
+    for value in np.asarray(values, object).ravel():
+        if isinstance(value, bool | np.bool_ | str):
+            raise ValueError(f"{value!r} is no number")
 
 
 def check_names(names: Iterable[str], plan: Plan) -> None:
