@@ -31,7 +31,13 @@ from qpass.modelwriter import ModelWriter
 from qpass.skim import not_onnx, skim
 from qpass.upgrade import inline_functions, raise_ir_version, upgrade_opset
 from qpass.walk import all_nodes, inner_tensors
-from qpass.wellformed import ONNX_DOMAINS, check_float, check_ops, check_wellformed
+from qpass.wellformed import (
+    ONNX_DOMAINS,
+    check_float,
+    check_node_names,
+    check_ops,
+    check_wellformed,
+)
 
 EXTERNAL_ABOVE: Final = 1_500_000_000  # bytes of constants; protobuf ends at 2 GiB
 DENSE_LIMIT: Final = 64 << 20  # bytes; larger sparse constants are refused
@@ -50,7 +56,7 @@ def load_model(
     Args:
         path: the .onnx file; its data files are looked up in its folder.
         opset: version of the ONNX operator set to convert older models to; None: keep.
-        allow_quantized: accept models that hold quantized ops already.
+        allow_quantized: accept models that hold quantized ops already, and nodes of one name.
 
     Raises:
         ModelError: the file is no model, damaged, incomplete, quantized already, uses ops that
@@ -66,6 +72,8 @@ def load_model(
             make_inline(tensor, path.parent)
     _make_dense(model.graph)
     _remove_constant_inputs(model.graph)
+    if not allow_quantized:  # as the file has them: inlining makes more, which get numbers below
+        check_node_names(model.graph)
     inline_functions(model)
     if not allow_quantized:
         check_float(model)

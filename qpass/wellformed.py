@@ -6,7 +6,8 @@ Constraints:
     W3 every tensor is made once, by an input, an initializer or a node;
     W4 every tensor is made before it is read (which also excludes cycles);
     W5 every op has a definition: in ONNX, or in onnxruntime for the domain com.microsoft;
-    W6 nothing is quantized yet.
+    W6 nothing is quantized yet;
+    W7 nodes of one graph have different names, or none: onnxruntime refuses anything else.
 """
 
 from __future__ import annotations
@@ -147,6 +148,22 @@ def check_float(model: onnx.ModelProto) -> None:
                 where=f"node {node_label(node)}",
                 fix="give the float model; `qpass lint` judges a quantized one",
             )
+
+
+def check_node_names(graph: onnx.GraphProto) -> None:
+    """Check W7 for `graph` and its bodies: raise ModelError that names the second bearer."""
+    seen: set[str] = set()
+    for node in graph.node:
+        if node.name and node.name in seen:
+            raise ModelError(
+                f"two nodes are called {node.name!r}, which onnxruntime refuses",
+                where=f"the second is of type {node.op_type} and makes {', '.join(node.output)}",
+                fix="give each node a name of its own, for example: for i, node in "
+                "enumerate(model.graph.node): node.name = f'{node.op_type}_{i}'",
+            )
+        seen.add(node.name)
+        for _, body in bodies_of(node):
+            check_node_names(body)
 
 
 def check_ops(model: onnx.ModelProto) -> None:

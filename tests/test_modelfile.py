@@ -174,7 +174,28 @@ def test_constants_that_are_listed_as_inputs(tmp_path: Path) -> None:
 def test_second_node_of_a_name_is_renamed(tmp_path: Path) -> None:
     model = parsed()
     model.graph.node[1].name = "first"
-    assert [node.name for node in load_model(write(tmp_path, model)).nodes] == ["first", "first_1"]
+    path = write(tmp_path, model)
+    found = load_model(path, allow_quantized=True)
+    assert [node.name for node in found.nodes] == ["first", "first_1"]
+    with pytest.raises(ModelError, match="two nodes are called 'first'"):
+        load_model(path)  # to be quantized, and onnxruntime would not run it
+
+
+def test_two_nodes_of_a_name_in_a_body(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["": 21]> g (bool c, float[2] x) => (float[2] y) {
+          [both] y = If (c) <
+            then_branch = yes () => (float[2] t) { [one] n = Neg (x) [one] t = Neg (n) },
+            else_branch = no () => (float[2] e) { [both] e = Identity (x) }
+          >
+        }
+        """
+    )
+    with pytest.raises(ModelError, match="two nodes are called 'one'"):
+        load_model(write(tmp_path, model))
+    model.graph.node[0].attribute[0].g.node[1].name = "two"
+    load_model(write(tmp_path, model))
 
 
 def test_sparse_constants_become_dense(tmp_path: Path) -> None:
