@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import onnx
 
-from qpass.calibrate import TapRequest, collect, input_specs, open_samples, save_stats
+from qpass.calibrate import Samples, TapRequest, collect, input_specs, open_samples, save_stats
 from qpass.calibrate import shard as take_shard
+from qpass.callables import load_metric
 from qpass.compare import LayerDifference, compare_layers
 from qpass.errors import ModelError, RecipeError
 from qpass.evidence import aim_notes, held_out_samples, open_data, take_batches, taps_of
 from qpass.evidence import calibrate as calibrate_run
-from qpass.files import check_folder, write_text
+from qpass.files import check_folder, check_new_folder, write_text
 from qpass.graph import Graph
 from qpass.migration import migrate_scales, scale_for_weights
 from qpass.mixed import search
@@ -34,7 +35,7 @@ from qpass.range_stage import choose_method
 from qpass.recipe import make_options
 from qpass.report.html import plotly_js, write_html
 from qpass.report.model import EngineReport, Report
-from qpass.result import build_report, evaluate_metric, gates_of, layers_of, load_callable
+from qpass.result import build_report, evaluate_metric, gates_of, layers_of, score_float
 from qpass.rounds import TIMING_SECONDS, compare_engines, engines_for, verify_and_repair
 from qpass.run import SCALED_KEY, Run, metadata_of, model_key, start
 from qpass.runtime_cost import runtime_costs
@@ -94,35 +95,32 @@ def optimize(
     if final.exists() and source.exists() and final.samefile(source):
         raise RecipeError("the result would overwrite the model", fix="choose another -o")
     if settings.eval is not None:
-        load_callable(settings.eval, "--eval")  # known now, not after the work
+        load_metric(settings.eval)  # known now, not after the work
     if settings.report is not None:
+        check_new_folder(Path(settings.report), "--report")
         plotly_js()
+    if settings.cache is not None:
+        check_new_folder(Path(settings.cache), "--cache")
     run = start(source, settings)
     run.progress = progress
     engines_for(run)
     prepare(run)
     run.notes += precision_notes(run)
     held: list[Mapping[str, Any]] = []
+    calibration: Samples | None = None
+    note = ""
     if run.policy.precision.activation is not None or data is not None:
         with run.stages.stage("samples"):
             calibration, holdout = open_data(run, data)
             held, note = held_out_samples(calibration, holdout)
         run.notes += [note] if note else []
-        make_norms_static(run, calibration)
-        if _fits(run, source):
-            scale_for_weights(run, calibration)
-        if run.policy.precision.activation is not None:
-            calibrate_run(run, calibration, progress)
-            if _fits(run, source):
-                migrate_scales(run, calibration)
-                choose_method(run, list(islice(iter(calibration), TRIAL_SAMPLES)))
-                take_batches(run, calibration, () if note else held)
-        elif run.options.round in ROUND_WITH_DATA and _fits(run, source):
-            take_batches(run, calibration, () if note else held)
     elif run.options.round in ROUND_WITH_DATA:
         raise RecipeError(f"--round {run.options.round} needs samples", fix="give --data")
     elif settings.static_norm is not None:
         raise RecipeError("--static-norm needs samples to fit norms on", fix="give --data")
+    score_float(run)
+    if calibration is not None:
+        _learn(run, calibration, () if note else held)
     search(run, held)
     quantize(run)
     assert run.quantized is not None
@@ -156,6 +154,28 @@ def optimize(
         write_text(reports / "report.json", report.to_json())
         write_html(report, reports / "report.html")
     return report
+
+
+def _learn(run: Run, samples: Samples, held: Sequence[Mapping[str, Any]]) -> None:
+    """Take from calibration samples what the plan needs: static norms, ranges, batches to fit to.
+
+    Args:
+        run: planned.
+        samples: to calibrate with.
+        held: those of the verification; none where they are calibration samples themselves.
+    """
+    make_norms_static(run, samples)
+    fits = _fits(run, run.source)
+    if fits:
+        scale_for_weights(run, samples)
+    if run.policy.precision.activation is not None:
+        calibrate_run(run, samples, run.progress)
+        if fits:
+            migrate_scales(run, samples)
+            choose_method(run, list(islice(iter(samples), TRIAL_SAMPLES)))
+            take_batches(run, samples, held)
+    elif run.options.round in ROUND_WITH_DATA and fits:
+        take_batches(run, samples, held)
 
 
 def _fits(run: Run, source: Path, *, note: bool = False) -> bool:

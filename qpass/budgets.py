@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qpass.result import score_file
+from qpass.callables import score_file
 from qpass.run import Run
 from qpass.verify.check import Reference
 from qpass.verify.engines import open_engine
@@ -51,11 +51,14 @@ def sqnr_budget(run: Run, wanted: float, held: Sequence[Feeds]) -> Budget:
     return Budget(name="SQNR in dB", wanted=wanted, score=score, error=10.0 ** (-wanted / 10.0))
 
 
-def metric_budget(function: str, wanted_drop: float, source: Path) -> Budget:
-    """Return the budget of `--max-drop`: the user's metric `function`, larger is better."""
-    name, float_value = score_file(function, source)
+def metric_budget(function: str, wanted_drop: float, float_score: tuple[str, float]) -> Budget:
+    """Return the budget of `--max-drop`: the user's metric `function`, larger is better.
+
+    `float_score` is the metric of the float model: name and value.
+    """
+    name, value = float_score
     return Budget(
         name=name,
-        wanted=float_value - wanted_drop,
+        wanted=value - wanted_drop,
         score=lambda path: score_file(function, path)[1],
     )

@@ -97,6 +97,16 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def parse_engines(text: str | None) -> tuple[str, ...] | None:
+    """Parse `ort,openvino`."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise RecipeError(f"--engine {text!r} has an empty name", fix="write ort,openvino")
+    return names
+
+
 def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say where samples come from."""
     for option in (
@@ -214,11 +224,8 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def optimize(model: Path, as_json: bool, verbose: bool, **options: Any) -> None:
     """Quantize MODEL, run it in its engine, and report what really happened."""
     with user_errors():
-        engine = options.pop("engine")
-        options["engines"] = tuple(engine.split(",")) if engine else None
+        options["engines"] = parse_engines(options.pop("engine"))
         options["keep"], options["bits"] = options["keep"] or None, options["bits"] or None
-        if options["report"] and Path(options["report"]).is_file():
-            raise RecipeError(f"--report {options['report']} is a file", fix="name a folder")
         with progress_bar(quiet=as_json) as progress:
             report = api.optimize(model, progress=progress, **options)
         if as_json:
@@ -304,7 +311,7 @@ def verify(
 ) -> None:
     """Run MODEL in its engines and read back what they made of it."""
     with user_errors():
-        engines = tuple(engine.split(",")) if engine else ()
+        engines = parse_engines(engine) or ()
         reports = api.verify(model, reference=reference, engines=engines, **options)
     if as_json:
         click.echo(json.dumps([plain(report) for report in reports], indent=2))

@@ -107,12 +107,23 @@ def aim_notes(run: Run, held: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def repeated_samples(samples: Samples) -> list[str]:
+    """Return a note where most samples are copies of others."""
+    if samples.is_random or 2 * samples.distinct > samples.count or samples.count == 1:
+        return []
+    return [
+        f"REPEATED SAMPLES: only {samples.distinct} of {samples.count} calibration samples differ; "
+        "ranges and corrections fit what they have seen"
+    ]
+
+
 def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> None:
     """Fill `run.stats` in one pass over the samples, or from a file or the cache."""
     assert run.graph is not None
     assert run.plan is not None
     taps = taps_of(run.graph, run.plan)
     run.fingerprint = samples.fingerprint()
+    run.notes += repeated_samples(samples)
     if run.options.stats:
         run.stats = _stats_from_file(run, Path(run.options.stats), taps)
         return

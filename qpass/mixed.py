@@ -300,7 +300,8 @@ def search(run: Run, held: Sequence[Feeds]) -> None:
     if not held:
         raise RecipeError("--mixed needs samples to measure on", fix="give --data")
     if options.max_drop is not None and options.eval is not None:
-        budget = metric_budget(options.eval, options.max_drop, run.source)
+        assert run.float_score is not None
+        budget = metric_budget(options.eval, options.max_drop, run.float_score)
     else:
         assert options.min_sqnr is not None
         budget = sqnr_budget(run, options.min_sqnr, held)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import platform
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +14,7 @@ import onnx
 import onnxruntime
 
 from qpass.calibrate import estimated_sqnr_db, histogram_view
+from qpass.callables import score_file
 from qpass.compare import compare_layers
 from qpass.errors import InternalError, RecipeError
 from qpass.graph import Constant
@@ -53,54 +52,29 @@ MAP_CLASS: Final = {
 QDQ: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def load_callable(text: str, option: str) -> Callable[..., Any]:
-    """Import `module:callable`; the current folder counts.
+def score_float(run: Run) -> None:
+    """Run the user's --eval function on the float model, before the work: its mistakes show now.
 
     Raises:
-        RecipeError: no such module or callable.
+        RecipeError: it fails, or returns no finite number.
     """
-    module_name, _, name = text.partition(":")
-    if not (module_name and name):
-        raise RecipeError(f"{option} {text!r} is not of the form module:callable")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"cannot import {text}: {error}", fix=f"check {option}") from error
-    if not callable(found):
-        raise RecipeError(f"{text} is not callable", fix=f"check {option}")
-    result: Callable[..., Any] = found
-    return result
+    if run.options.eval is not None:
+        with run.stages.stage("eval"):
+            run.float_score = score_file(run.options.eval, run.source)
 
 
 def evaluate_metric(run: Run, path: Path) -> Metric | None:
-    """Run the user's --eval function on both files; it gets a path and returns a number.
-
-    Larger is better. A mapping counts with its first entry, whose key names the metric.
-    """
-    if run.options.eval is None:
+    """Run the user's --eval function on the result; where it fails, a gate says so."""
+    if run.options.eval is None or run.float_score is None:
         return None
-    with run.stages.stage("eval"):
-        (name, before), (_, after) = (
-            score_file(run.options.eval, file) for file in (run.source, path)
-        )
-    return Metric(name=name, float=before, quantized=after, drop=before - after)
-
-
-def score_file(text: str, path: Path) -> tuple[str, float]:
-    """Return name and value of the metric `module:callable` for one file.
-
-    Raises:
-        RecipeError: it cannot be imported, or returns no number.
-    """
-    name, value = text, load_callable(text, "--eval")(str(path))
-    if isinstance(value, dict):
-        name, value = next(iter(value.items()))
+    name, before = run.float_score
     try:
-        return name, float(value)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"--eval {text} returned {value!r}", fix="return one number") from error
+        with run.stages.stage("eval"):
+            _, after = score_file(run.options.eval, path)
+    except RecipeError as error:
+        run.eval_failure = " ".join(filter(None, (error.what, error.where)))
+        return None
+    return Metric(name=name, float=before, quantized=after, drop=before - after)
 
 
 def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
@@ -137,6 +111,8 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
         got = own.speedup if own else None
         passed = got is not None and got >= options.min_speedup
         gates.append(Gate(name="min-speedup", wanted=options.min_speedup, got=got, passed=passed))
+    if run.eval_failure:
+        gates.append(Gate(name="eval", wanted="a number", got=run.eval_failure, passed=False))
     if options.max_drop is not None and metric is not None:
         passed = metric.drop <= options.max_drop
         gates.append(Gate(name="max-drop", wanted=options.max_drop, got=metric.drop, passed=passed))

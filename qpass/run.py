@@ -85,6 +85,8 @@ class Run:
     mixed: MixedReport | None = None
     runtime_costs: list[RuntimeCost] = field(default_factory=list)
     progress: Progress | None = None
+    float_score: tuple[str, float] | None = None  # name and value of --eval for the float model
+    eval_failure: str = ""  # how --eval failed for the result
     engines: list[EngineReport] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # engine -> its own message
     layers: list[LayerReport] = field(default_factory=list)

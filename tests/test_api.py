@@ -353,6 +353,14 @@ def test_too_little_memory_is_said_and_nothing_is_run(
     assert any(note.startswith("NOT VERIFIED") for note in report.notes)
 
 
+def test_repeated_samples_are_said(tmp_path: Path) -> None:
+    path, data = saved(small_model(), tmp_path), normal()
+    assert not any("REPEATED" in note for note in optimize(path, data).notes)
+    data["x"][:] = data["x"][:1]
+    (note,) = (note for note in optimize(path, data).notes if "REPEATED" in note)
+    assert "only 1 of 9 calibration samples differ" in note
+
+
 def test_progress_counts_the_samples_and_the_units(tmp_path: Path) -> None:
     calls: list[tuple[str, int, int | None]] = []
     optimize(

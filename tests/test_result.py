@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from qpass.api import make_options
+from qpass.callables import load_callable
 from qpass.errors import InternalError, RecipeError
 from qpass.report.model import EngineReport, FloatOp, Metric
 from qpass.report.wording import verdict_of
-from qpass.result import build_report, gates_of, load_callable, versions
+from qpass.result import build_report, gates_of, versions
 from qpass.run import Run, start
 from tests.jobs import normal, optimize, saved, small_model
 
@@ -107,6 +108,33 @@ def test_rejected_in_the_name_and_the_report(tmp_path: Path) -> None:
     assert report.output == str(tmp_path / "q.v1.rejected.onnx")
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "q.v1.rejected.onnx"}
     assert [gate.name for gate in report.gates if not gate.passed] == ["min-sqnr"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return {}[path]", "KeyError"),
+        ("return float('nan')", "returned nan"),
+        ("sys.exit(1)", "SystemExit: 1"),
+    ],
+)
+def test_a_metric_that_fails_for_the_result_is_a_gate(
+    body: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float model has a score, so the work was begun: its result is not lost."""
+    path = saved(small_model(), tmp_path)
+    name = f"score_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(
+        f"import sys\ndef score(path):\n    if path.endswith('m.onnx'): return 1.0\n    {body}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    report = optimize(path, normal(), eval=f"{name}:score", output=tmp_path / "q.onnx")
+    (gate,) = (gate for gate in report.gates if not gate.passed)
+    assert gate.name == "eval"
+    assert words in str(gate.got)
+    assert report.metric is None
+    assert report.output == str(tmp_path / "q.rejected.onnx")
+    assert (tmp_path / "q.rejected.onnx").exists()
 
 
 def test_a_report_needs_a_finished_run() -> None:

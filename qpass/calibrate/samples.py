@@ -26,9 +26,9 @@ from qpass.calibrate.sources import (
     SpoolReader,
     TestDataReader,
     by_number,
-    call,
     digest_of,
 )
+from qpass.callables import call_for_samples
 from qpass.errors import SampleError
 
 __all__ = ["InputSpec", "Samples", "batches", "input_specs", "open_samples", "shard", "split"]
@@ -65,6 +65,7 @@ class Samples:
         self.is_random = isinstance(reader, RandomReader)
         self._count: int | None = None
         self._fingerprint: str | None = None
+        self._distinct = 0
 
     def __iter__(self) -> Iterator[Feeds]:
         for item in self._items():
@@ -87,11 +88,19 @@ class Samples:
     def fingerprint(self) -> str:
         """Return the sha256 of all samples and the preprocessing; it reads them all once."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(self.preprocessing.encode())
+            digest, found = hashlib.sha256(self.preprocessing.encode()), set()
             for item in self._items():
-                digest.update(digest_of(item))
-            self._fingerprint = digest.hexdigest()
+                own = digest_of(item)
+                digest.update(own)
+                found.add(own)
+            self._fingerprint, self._distinct = digest.hexdigest(), len(found)
         return self._fingerprint
+
+    @property
+    def distinct(self) -> int:
+        """Number of samples that differ; it reads them all once."""
+        self.fingerprint()
+        return self._distinct
 
     def view(self, start: int, stop: int | None = None, step: int = 1) -> Samples:
         """Return samples ``start, start + step, ...`` below `stop` of these."""
@@ -150,7 +159,7 @@ def _reader(
         if path.exists() or ":" not in str(source):
             what = "this kind of file is not known" if path.exists() else "there is no such file"
             raise SampleError(f"{what}: {source}", fix=f"forms: {FORMS}")
-        return _iterable(call(str(source)), inputs, str(source))
+        return _iterable(call_for_samples(str(source)), inputs, str(source))
     if isinstance(source, np.ndarray):
         return ListReader([source], inputs, "array")
     if isinstance(source, Mapping):

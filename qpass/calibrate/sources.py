@@ -7,7 +7,6 @@ that views skip without decoding. Memory does not grow with the number of sample
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 import sys
 import tempfile
@@ -342,29 +341,6 @@ def _array(value: Any, name: str, where: str) -> Array:
     if array.dtype == object:
         raise SampleError(f"input {name} is a {type(value).__name__}, not an array", where=where)
     return array
-
-
-def call(target: str) -> Iterable[Any]:
-    """Return what `module:callable` returns; modules of the current folder are found too.
-
-    Raises:
-        SampleError: no such module or callable, or it returns nothing that can be iterated.
-    """
-    module_name, _, name = target.partition(":")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        function: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            function = getattr(function, part)
-        batches: Any = function()
-    except (ImportError, AttributeError) as error:
-        raise SampleError(f"cannot call {target}: {error}", where=target) from error
-    finally:
-        sys.path.remove(folder)
-    if not isinstance(batches, Iterable):
-        raise SampleError(f"{target} returned a {type(batches).__name__}", where=target)
-    return batches
 
 
 def digest_of(item: Item) -> bytes:

@@ -91,6 +91,49 @@ def test_onnx_test_data(tmp_path):
         list(open_samples(tmp_path, specs))
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (":", "not of the form module:callable"),
+        (":f", "not of the form"),
+        ("faulty_samples:", "not of the form"),
+        ("faulty_samples:fails", "failed: KeyError: 'k'"),
+        ("faulty_samples:takes", "failed: TypeError"),
+        ("faulty_samples:leaves", "failed: SystemExit: 3"),
+        ("faulty_samples:midway", "failed at item 2: RuntimeError: cut off"),
+        ("faulty_samples:nothing", "returned a NoneType"),
+        ("faulty_samples:number", "is not callable"),
+        ("faulty_import:f", "cannot import --data faulty_import:f: ZeroDivisionError"),
+    ],
+)
+def test_callables_that_fail_are_named(target, words, tmp_path, monkeypatch):
+    (tmp_path / "faulty_samples.py").write_text(
+        "import sys, numpy as np\n"
+        "def fails(): return {}['k']\n"
+        "def takes(path): return []\n"
+        "def leaves(): sys.exit(3)\n"
+        "def nothing(): return None\n"
+        "number = 3\n"
+        "def midway():\n"
+        "    for i in range(2):\n"
+        "        yield {'x': np.full((2, 3), i, np.float32)}\n"
+        "    raise RuntimeError('cut off')\n"
+    )
+    (tmp_path / "faulty_import.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SampleError, match=words) as caught:
+        list(open_samples(target, X))
+    if "failed" in words and "TypeError" not in words:
+        assert "faulty_samples.py, line" in str(caught.value)
+
+
+def test_samples_that_differ_are_counted(tmp_path):
+    arrays = np.zeros((5, 3), np.float32)
+    arrays[4] = 1
+    assert open_samples({"x": arrays}, X).distinct == 2
+    assert open_samples({"x": arrays}, X).view(0, 4).distinct == 1
+
+
 def test_module_and_callable_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "my_calibration.py").write_text(
         "import numpy as np\n"
