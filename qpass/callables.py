@@ -128,10 +128,14 @@ def score_file(text: str, path: Path) -> tuple[str, float]:
     with user_code(f"--eval {text} failed for {path}", RecipeError):
         value = function(str(path))
     name, number = text, value
-    with user_code(f"--eval {text} returned {value!r} for {path}", RecipeError):
+    try:
         if isinstance(value, dict):
             name, number = next(iter(value.items()))
         number = float(number)
+    except (TypeError, ValueError, StopIteration) as error:
+        raise RecipeError(
+            f"--eval {text} returned {value!r} for {path}", fix="return one number"
+        ) from error
     if not math.isfinite(number):
         raise RecipeError(f"--eval {text} returned {number} for {path}", fix="return one number")
     return str(name), number

@@ -25,8 +25,8 @@ HEAD_KEYS: Final = (
     "schema", "target", "precision", *SETTINGS, "fingerprint", "nodes", "tensors"
 )  # fmt: skip
 EDITABLE: Final = (
-    "what can be edited: the precision of a node (integer or float), the bits of a node, the range "
-    "of an activation; `qpass plan -o` makes the file again"
+    "only the precision of a node (integer or float), the bits of a node and the range of an "
+    "activation can be edited; `qpass plan -o` makes the file again"
 )
 LEAST_RANGE: Final = MIN_SCALE * 2**16  # with 16 bits, the step of a narrower one is none
 
