@@ -226,7 +226,6 @@ def test_models_that_share_no_layer(tmp_path: Path) -> None:
         ["optimize", "m.onnx", "--data", "none.npz", "--report", "out"],
         ["optimize", "m.onnx", "--data", "random", "--report", "m.onnx"],
         ["optimize", "m.onnx", "--data", "random", "-o", ""],
-        ["optimize", "m.onnx", "--data", "random", "--engine", "ort,"],
         ["optimize", "m.onnx", "--data", ":"],
         ["optimize", "m.onnx", "--data", "math:sqrt"],
         ["optimize", "none.onnx", "--data", "random"],

@@ -191,6 +191,13 @@ def test_usage_errors_are_exit_code_2(text: str) -> None:
     assert qpass(*text.split()).exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["optimize", "verify"])
+def test_an_engine_without_a_name(command: str, job: Path) -> None:
+    result = qpass(command, "m.onnx", "--data", "x.npz", "--engine", "ort,")
+    assert result.exit_code == 2
+    assert "--engine 'ort,' has an empty name" in result.stderr
+
+
 def test_options_of_low_bits(tmp_path: Path) -> None:
     """What the command line says reaches the plan."""
     path = tmp_path / "plan.json"
