@@ -249,9 +249,13 @@ class Options:
                 reason = f"--round {self.round} looks at no samples where only weights are integers"
                 for option in self._fitted():
                     yield option, reason, "give --data and --round gptq"
-        elif self.activations == "dynamic" and all(one.activation != EDGE for one in every):
+        elif (
+            self.activations == "dynamic"
+            and self.plan is None  # which may give nodes other bits
+            and all(one.activation != EDGE for one in every)
+        ):
             yield "--activations dynamic", f"it is for w8a8, not for {given}", "choose w8a8"
-        if all(precision.activation is not None for precision in every):
+        if self.plan is None and all(precision.activation is not None for precision in every):
             level = f"--accuracy-level {self.accuracy_level}"
             reason = f"it is for weights behind float activations, not for {given}"
             if self.accuracy_level != ACCURACY_LEVEL:

@@ -315,6 +315,13 @@ def test_options_that_shape_a_plan_are_those_of_the_plan(
         given_back(model, path, **given)
 
 
+def test_dynamic_ranges_of_the_nodes_that_a_plan_gives_8_bits(tmp_path: Path) -> None:
+    model = three_layers(tmp_path)
+    made = {"precision": "w4a4", "bits": ["b=w8a8"], "activations": "dynamic"}
+    path = edited(model, lambda p: None, **made)
+    assert given_back(model, path).decisions == qpass.plan(model, **made).decisions
+
+
 def test_bits_beside_a_plan_count(tmp_path: Path) -> None:
     model = three_layers(tmp_path)
     path = edited(model, lambda p: node_of(p, "c").update(bits="w6a8"))
