@@ -21,6 +21,7 @@ from qpass.evidence import aim_notes, held_out_samples, open_data, take_batches,
 from qpass.evidence import calibrate as calibrate_run
 from qpass.files import check_folder, check_new_folder, write_text
 from qpass.graph import Graph
+from qpass.lint import error_notes
 from qpass.migration import migrate_scales, scale_for_weights
 from qpass.mixed import search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
@@ -135,6 +136,8 @@ def optimize(
             run.runtime_costs = runtime_costs(run, trial, held, seconds=TIMING_SECONDS)
             with run.stages.stage("layers"):
                 run.layers = layers_of(run, held[:LAYER_SAMPLES])
+        if run.target.engine == "none":
+            run.notes += error_notes(trial, run.target.name)
         metric = evaluate_metric(run, trial)
     gates = gates_of(run, metric)
     if run.plan is not None:

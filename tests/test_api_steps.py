@@ -10,7 +10,19 @@ import onnx
 import pytest
 
 import qpass
-from tests.jobs import CNN, DIGITS, engine, normal, optimize, precision_of, saved, small_model
+from tests.jobs import (
+    CNN,
+    CONVOLUTIONS,
+    DIGITS,
+    SHAPES,
+    engine,
+    model_of,
+    normal,
+    optimize,
+    precision_of,
+    saved,
+    small_model,
+)
 
 
 def test_statistics_of_one_pass_serve_every_target(tmp_path: Path) -> None:
@@ -119,3 +131,14 @@ def test_a_result_that_is_far_from_float_says_so(tmp_path: Path) -> None:
         )  # fmt: skip
         assert (engine(report).sqnr_db < 10.0) is far
         assert any(note.startswith("FAR FROM FLOAT") for note in report.notes) is far
+
+
+@pytest.mark.parametrize(("batch", "said"), [("N", True), ("2", False)])
+def test_what_an_absent_engine_refuses_is_said(tmp_path: Path, batch: str, said: bool) -> None:
+    """QNN takes static shapes only; no engine here would mind."""
+    model = model_of(CONVOLUTIONS.replace("N,", f"{batch},"), **SHAPES)
+    samples = [{"x": normal((2, 3, 8, 8))["x"]} for _ in range(8)]
+    report = optimize(saved(model, tmp_path), samples, target="qnn-htp", batch_size=1)
+    notes = [note for note in report.notes if note.startswith("LINT ")]
+    assert any(note.startswith("LINT QP403") for note in notes) is said
+    assert len(notes) == int(said)

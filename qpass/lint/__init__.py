@@ -21,7 +21,7 @@ from qpass.skim import skim
 from qpass.targets import TARGETS
 from qpass.wellformed import check_wellformed
 
-__all__ = ["RULES", "TARGET_NAMES", "Finding", "Rule", "lint", "rules_for"]
+__all__ = ["RULES", "TARGET_NAMES", "Finding", "Rule", "error_notes", "lint", "rules_for"]
 
 WITHOUT_VNNI: Final = "-avx2"
 RULES: Final[tuple[Rule, ...]] = (
@@ -48,6 +48,23 @@ def rules_for(target: str | None) -> tuple[Rule, ...]:
             fix=f"choose one of: {', '.join(TARGET_NAMES)}",
         )
     return tuple(rule for rule in RULES if rule.applies(target))
+
+
+def error_notes(path: Path, target: str) -> list[str]:
+    """Say which rules of `target` the file at `path` breaks: a sentence each, with the repair.
+
+    For results whose engine is not here: nothing else would find what it refuses.
+    """
+    errors = [found for found in lint(path, target) if found.severity == "error"]
+    notes = []
+    for rule in dict.fromkeys(found.rule for found in errors):
+        hits = [found for found in errors if found.rule == rule]
+        first = hits[0]
+        notes.append(
+            f"LINT {rule}, {len(hits)} times for target {target}: {first.message} "
+            f"({first.node or first.tensor}); {first.repair}"
+        )
+    return notes
 
 
 def lint(model: str | Path | onnx.ModelProto, target: str | None = None) -> tuple[Finding, ...]:
