@@ -106,7 +106,6 @@ def optimize(
     run.progress = progress
     engines_for(run)
     prepare(run)
-    run.notes += precision_notes(run)
     held: list[Mapping[str, Any]] = []
     calibration: Samples | None = None
     note = ""
@@ -123,6 +122,7 @@ def optimize(
     if calibration is not None:
         _learn(run, calibration, () if note else held)
     search(run, held)
+    run.notes = [*precision_notes(run), *run.notes]
     quantize(run)
     assert run.quantized is not None
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".qpass-") as folder:
@@ -232,7 +232,9 @@ def calibrate(
     for name in [target] if target is not None else sorted(TARGETS):
         try:
             wanted = taps_of(graph, plan_for(graph, name, run.policy))
-        except ModelError:  # a target that can quantize nothing here asks for no statistics
+        except (ModelError, RecipeError):  # it quantizes nothing here, or has no such precision
+            if target is not None:
+                raise
             continue
         for tap in wanted:
             taps.setdefault(tap.tensor, tap)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from qpass.errors import RecipeError, SampleError, UserError
 
 
 @contextmanager
-def user_code(doing: str, kind: type[UserError]) -> Iterator[None]:
+def user_code(doing: str, kind: type[UserError], fix: str = "") -> Iterator[None]:
     """Turn what the code of the body raises into an error of `kind`, with the line it is from.
 
     Modules of the current folder can be imported in the body.
@@ -27,24 +28,31 @@ def user_code(doing: str, kind: type[UserError]) -> Iterator[None]:
     Args:
         doing: what went wrong then, as the beginning of the message.
         kind: of the error.
+        fix: what to do about it.
     """
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
         yield
-    except UserError:
+    except kind:
         raise
     except (Exception, SystemExit) as error:
-        frames = [
-            f"{frame.filename}, line {frame.lineno}"
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename != __file__ and not frame.filename.startswith("<")
-        ]
-        where = frames[-1] if frames else ""
-        raise kind(f"{doing}: {type(error).__name__}: {error}", where=where) from error
+        what = f"{doing}: {type(error).__name__}: {error}"
+        raise kind(what, where=_place(error), fix=fix) from error
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+
+
+def _place(error: BaseException) -> str:
+    """Return file and line of the last frame that is the user's: no library's and not ours."""
+    libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")
+    frames = [
+        f"{frame.filename}, line {frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(libraries)
+    ]
+    return frames[-1] if frames else ""
 
 
 def load_callable(
@@ -58,7 +66,8 @@ def load_callable(
     module_name, _, name = text.partition(":")
     if not (module_name and name):
         raise kind(f"{option} {text!r} is not of the form module:callable")
-    with user_code(f"cannot import {option} {text}", kind):
+    searched = "check the name; modules of the current folder are found, too"
+    with user_code(f"cannot import {option} {text}", kind, searched):
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
@@ -127,15 +136,10 @@ def score_file(text: str, path: Path) -> tuple[str, float]:
     function = load_metric(text)
     with user_code(f"--eval {text} failed for {path}", RecipeError):
         value = function(str(path))
-    name, number = text, value
-    try:
-        if isinstance(value, dict):
-            name, number = next(iter(value.items()))
+    returned = f"--eval {text} returned {reprlib.repr(value)} for {path}"
+    with user_code(returned, RecipeError, "return one number"):
+        name, number = next(iter(value.items())) if isinstance(value, dict) else (text, value)
         number = float(number)
-    except (TypeError, ValueError, StopIteration) as error:
-        raise RecipeError(
-            f"--eval {text} returned {value!r} for {path}", fix="return one number"
-        ) from error
     if not math.isfinite(number):
         raise RecipeError(f"--eval {text} returned {number} for {path}", fix="return one number")
     return str(name), number

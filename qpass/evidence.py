@@ -75,8 +75,8 @@ def open_data(run: Run, data: Any) -> tuple[Samples, Samples]:
         )
     elif run.policy.precision.activation is None and run.options.round not in ROUND_WITH_DATA:
         run.notes.append(
-            f"weights are rounded to nearest (--round {run.options.round}), and the samples only "
-            "verify that; --round gptq or unit rounds by what the layers make of them"
+            f"weights are rounded to nearest (--round {run.options.round}), which looks at no "
+            "samples; --round gptq or unit rounds by what the layers make of them"
         )
     return split(samples, run.options.samples, run.options.holdout)
 
@@ -240,6 +240,8 @@ def take_batches(run: Run, samples: Samples, held: Sequence[Any]) -> None:
         run.batches = [feeds for _, feeds in counted]
         # Weights alone are rounded with samples that no statistics were taken of.
         run.samples = max(run.samples, sum(count for count, _ in counted))
-        run.fingerprint = run.fingerprint or samples.fingerprint()
+        if not run.fingerprint:
+            run.fingerprint = samples.fingerprint()
+            run.notes += repeated_samples(samples)
         if len(held) >= LEAST_JUDGES:
             run.judges = [feeds for _, feeds in batches(held, size, inputs)]

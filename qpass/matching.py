@@ -12,7 +12,7 @@ from qpass.program import Policy, Precision
 from qpass.targets.schema import OpRule, Target
 
 DYNAMIC_BITS: Final = 8  # DynamicQuantizeLinear and MatMulInteger know no other width
-NOT_FINITE: Final = "its weight holds NaN or infinity"
+NOT_FINITE: Final = "its weight holds NaN or infinity"  # so do tables of embeddings
 # The value of an attribute that is not written.
 DEFAULTS: Final[dict[tuple[str, str], int | str]] = {("Resize", "mode"): "nearest"}
 

@@ -1,6 +1,7 @@
 """Spend bits where they matter: the cheapest plan that meets a budget of accuracy.
 
-Every layer has levels: the precision of the run, 8 bits, and float. One pass over a few samples
+Every layer has levels: the precision of the run, 8 bits, and float (products of activations: not
+float). One pass over a few samples
 says what each level of each layer costs at the outputs (`qpass.sensitivity`), a knapsack says which
 combinations are worth having at each cost (`qpass.knapsack`), and the cheapest of them that meets
 the budget is found by building and measuring it. The estimate only says where to look: the sum of
@@ -30,7 +31,6 @@ from qpass.mixed_report import Costs, report_of
 from qpass.modelfile import save_model
 from qpass.pipeline import quantize
 from qpass.planner import plan as make_plan
-from qpass.precision_notes import SIMULATED, is_simulated
 from qpass.program import Precision
 from qpass.quantize import build_quantized
 from qpass.report.model import MixedReport
@@ -206,7 +206,11 @@ def _measured(
     assert run.quantized is not None
     path.parent.mkdir()
     save_model(run.quantized, path, metadata=metadata_of(run))
-    score = budget.score(path)
+    try:
+        score = budget.score(path)
+    except RecipeError as error:  # the user's metric fails for this one
+        run.notes.append(f"one of the plans that were looked at has no score: {error.what}")
+        score = float("-inf")
     if run.options.mixed_cost == "size":  # whole models are timed later, others are done with
         shutil.rmtree(path.parent)
     return score
@@ -307,5 +311,3 @@ def search(run: Run, held: Sequence[Feeds]) -> None:
         budget = sqnr_budget(run, options.min_sqnr, held)
     run.mixed = choose_bits(run, list(held[:SAMPLES]), budget)
     assert run.plan is not None
-    if not is_simulated(run.plan):
-        run.notes = [note for note in run.notes if not note.startswith(SIMULATED)]

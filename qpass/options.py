@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from qpass.errors import RecipeError
-from qpass.program import Activations, Precision
+from qpass.program import Activations, Policy, Precision
 
 CalibrateMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
 CompensateMethod = Literal["cwac", "bias", "qwt", "nbc", "none"]
@@ -193,7 +193,9 @@ class Options:
 
         A recipe is checked without it: the command line may bring the other half.
         """
-        activation = Precision.parse(self.precision).activation
+        precision = Precision.parse(self.precision)
+        activation = precision.activation
+        Policy(precision=precision, node_bits=parse_node_bits(self.bits))  # says what contradicts
         if activation is not None and (self.block_size or self.asymmetric_weights):
             name = "--block-size" if self.block_size else "--asymmetric-weights"
             raise RecipeError(
@@ -234,10 +236,12 @@ class Options:
             )
 
     def _idle(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the options that were given and can change nothing: option, why, what to do."""
+        """Yield options that were given and change nothing of any model: option, why, what to do.
+
+        As far as the options alone tell; the rest are notes of a run.
+        """
         given = Precision.parse(self.precision)
-        every = [given, *parse_node_bits(self.bits).values()]
-        if all(precision.activation is None for precision in every):
+        if given.activation is None:
             reason, fix = f"--precision {given} leaves activations in float", "choose wNaM"
             if self.activations != "static":
                 yield f"--activations {self.activations}", reason, fix
@@ -249,13 +253,8 @@ class Options:
                 reason = f"--round {self.round} looks at no samples where only weights are integers"
                 for option in self._fitted():
                     yield option, reason, "give --data and --round gptq"
-        elif (
-            self.activations == "dynamic"
-            and self.plan is None  # which may give nodes other bits
-            and all(one.activation != EDGE for one in every)
-        ):
-            yield "--activations dynamic", f"it is for w8a8, not for {given}", "choose w8a8"
-        if self.plan is None and all(precision.activation is not None for precision in every):
+        own = [given, *parse_node_bits(self.bits).values()]  # a plan may give nodes others
+        if self.plan is None and all(precision.activation is not None for precision in own):
             level = f"--accuracy-level {self.accuracy_level}"
             reason = f"it is for weights behind float activations, not for {given}"
             if self.accuracy_level != ACCURACY_LEVEL:

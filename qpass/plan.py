@@ -22,7 +22,7 @@ NODE_FIXED: Final = ("name", "op", "rule")
 TENSOR_FIXED: Final = ("tensor", "kind", "spec", "group", "readers")
 SETTINGS: Final = ("activations", "block_size", "asymmetric_weights")
 HEAD_KEYS: Final = (
-    "schema", "target", "precision", *SETTINGS, "fingerprint", "nodes", "tensors"
+    "schema", "target", "precision", "fingerprint", "nodes", "tensors",
 )  # fmt: skip
 EDITABLE: Final = (
     "only the precision of a node (integer or float), the bits of a node and the range of an "
@@ -225,13 +225,14 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def _plan_file(data: Mapping[str, Any]) -> PlanFile:
-    _check_keys("the head of the plan", data, HEAD_KEYS)
+    _check_keys("the head of the plan", data, HEAD_KEYS, SETTINGS)
     float_nodes: dict[str, str] = {}
     node_bits: dict[str, Precision] = {}
     ranges: dict[str, tuple[float, float]] = {}
     names: set[str] = set()
     for node in data["nodes"]:
-        name, precision = node["name"], node["precision"]
+        name, precision = str(node["name"]), node["precision"]
+        _check_keys(f"node {name}", node, (*NODE_FIXED, "precision", "bits", "because"))
         if precision == "float":
             float_nodes[name] = str(node["because"])
         elif precision not in get_args(NodePrecision):
@@ -239,12 +240,12 @@ def _plan_file(data: Mapping[str, Any]) -> PlanFile:
         if name in names:
             raise RecipeError(f"node {name} is there twice", fix=EDITABLE)
         names.add(name)
-        _check_keys(f"node {name}", node, (*NODE_FIXED, "precision", "bits", "because"))
         if node["bits"]:
             node_bits[name] = _bits(name, node["bits"])
     seen: set[str] = set()
     for tensor in data["tensors"]:
-        name = tensor["tensor"]
+        name = str(tensor["tensor"])
+        _check_keys(f"tensor {name}", tensor, (*TENSOR_FIXED, "range", "because"))
         if tensor["range"] is not None:
             found = _range(name, tensor["range"])
             if ranges.setdefault(name, found) != found:
@@ -252,7 +253,6 @@ def _plan_file(data: Mapping[str, Any]) -> PlanFile:
                     f"tensor {name} has the ranges {list(ranges[name])} and {list(found)}",
                     fix="a range holds for all entries of a tensor: write the same, or null",
                 )
-        _check_keys(f"tensor {name}", tensor, (*TENSOR_FIXED, "range", "because"))
         entry = json.dumps([tensor[key] for key in TENSOR_FIXED])
         if entry in seen:
             raise RecipeError(f"tensor {name} has the same entry twice", fix=EDITABLE)
@@ -271,14 +271,19 @@ def _plan_file(data: Mapping[str, Any]) -> PlanFile:
         ranges=ranges,
         nodes=tuple(data["nodes"]),
         tensors=tuple(data["tensors"]),
-        intact=data.get("fingerprint") == fingerprint_of(data["nodes"], data["tensors"]),
+        intact=data["fingerprint"] == fingerprint_of(data["nodes"], data["tensors"]),
     )
 
 
-def _check_keys(where: str, entry: Mapping[str, Any], keys: Collection[str]) -> None:
+def _check_keys(
+    where: str, entry: Mapping[str, Any], keys: Collection[str], optional: Collection[str] = ()
+) -> None:
     for key in entry:
-        if key not in keys:
+        if key not in keys and key not in optional:
             raise RecipeError(f"{where} has the key {key!r}, which no plan has", fix=EDITABLE)
+    for key in keys:
+        if key not in entry:
+            raise RecipeError(f"{where} lacks the key {key!r}", fix=EDITABLE)
 
 
 def _bits(name: str, bits: Any) -> Precision:

@@ -43,9 +43,11 @@ def edited_policy(run: Run, path: Path) -> Policy:
             fix=f"make it again: qpass plan {run.source} --target {run.target.name} -o {path}",
         )
     plain = replace(given, keep=(), node_bits={}, float_nodes={}, ranges={})
-    own = replace(plain, float_nodes=file.float_nodes, node_bits=file.node_bits, ranges=file.ranges)
     try:
         _check_settings(file, given)
+        own = replace(
+            plain, float_nodes=file.float_nodes, node_bits=file.node_bits, ranges=file.ranges
+        )
         usual = make_plan(run.graph, run.target, plain)
         _check_effect(file, make_plan(run.graph, run.target, own), usual)
     except RecipeError as error:
@@ -90,9 +92,11 @@ def _check_effect(file: PlanFile, result: Plan, usual: Plan) -> None:
     specs = {d.tensor: d.spec for d in result.activations()}
     for name in file.ranges:
         if name not in specs or specs[name].fixed is not None:
-            why = "float" if name not in specs else f"fixed to {list(specs[name].fixed or ())}"
+            why = "it is float, or its range is found at run time"
+            if name in specs:
+                why = f"it is fixed to {list(specs[name].fixed or ())}"
             raise RecipeError(
-                f"the range of tensor {name} has no effect: it is {why} in this plan",
+                f"the range of tensor {name} has no effect in this plan: {why}",
                 fix="set the range to null",
             )
 

@@ -20,6 +20,7 @@ from qpass.embeddings import embeddings
 from qpass.graph import Constant, Graph, Node, Tensor, array_of
 from qpass.masks import MASK_VALUE, holds_mask, masked_tensors
 from qpass.matching import (
+    NOT_FINITE,
     channel_axis,
     data_inputs,
     data_outputs,
@@ -162,7 +163,7 @@ class _Planner:
             because = f"rule {self.target.name}/{node.op}"
             kept, table = self.policy.reason_to_keep(node.name), node.inputs[0]
             if kept is not None or not np.isfinite(array_of(table)).all():
-                self.reasons[id(node)] = kept or f"{because}: its table holds NaN or infinity"
+                self.reasons[id(node)] = kept or f"{because}: {NOT_FINITE}"
                 continue
             bits = self.bits[node.name]
             own = embedding(node, table, self.target, self.policy, bits.precision.weight)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from qpass.bits import bits_of_nodes, taken_by
+from qpass.matching import is_dynamic
 from qpass.options import ACCURACY_LEVEL
 from qpass.plan import Plan
 from qpass.program import Precision
@@ -18,12 +19,12 @@ SIMULATED: Final = "SIMULATED:"  # begins the note of precisions that CPUs do no
 def precision_notes(run: Run) -> list[str]:
     """Return the notes of a planned run."""
     assert run.plan is not None
-    return [*_widened(run), *_simulated(run.plan), *_weights_alone(run, run.plan)]
-
-
-def is_simulated(plan: Plan) -> bool:
-    """True when an op of `plan` has integers that no CPU engine multiplies."""
-    return any(Precision.parse(node.bits).simulated for node in plan.nodes if node.bits)
+    return [
+        *_simulated(run.plan),
+        *_widened(run),
+        *_weights_alone(run, run.plan),
+        *_static(run, run.plan),
+    ]
 
 
 def _asked(run: Run) -> list[Precision]:
@@ -41,12 +42,28 @@ def _widened(run: Run) -> Iterator[str]:
 
 
 def _simulated(plan: Plan) -> Iterator[str]:
-    if is_simulated(plan):
-        found = {node.bits for node in plan.nodes if node.bits}
-        bits = ", ".join(sorted(text for text in found if Precision.parse(text).simulated))
+    found = {node.bits for node in plan.nodes if node.bits}
+    bits = sorted(text for text in found if Precision.parse(text).simulated)
+    if bits:
         yield (
-            f"{SIMULATED} the engines here compute {bits} in float; the numbers show the accuracy "
-            "of the integers, not their speed."
+            f"{SIMULATED} the engines here compute {', '.join(bits)} in float; the numbers show "
+            "the accuracy of the integers, not their speed."
+        )
+
+
+def _static(run: Run, plan: Plan) -> Iterator[str]:
+    """Say where dynamic ranges were asked for and no op can have one."""
+    assert run.graph is not None
+    if run.policy.activations == "static":
+        return
+    wanted, planned = bits_of_nodes(run.graph, run.policy, run.target), plan.integer_nodes()
+    if not any(
+        node.name in planned and is_dynamic(node, wanted[node.name].precision, run.policy)
+        for node in run.graph.nodes
+    ):
+        yield (
+            "--activations dynamic has no effect on this model: it is for MatMul with a matrix of "
+            "weights, both operands of 8 bits"
         )
 
 
@@ -65,6 +82,7 @@ def _weights_alone(run: Run, plan: Plan) -> Iterator[str]:
             "of each why it has none."
         )
     asked = {precision.weight for precision in _asked(run)}
+    widest = max(rule.weight.bits for rule in run.target.rules if rule.weight is not None)
     readers = {
         decision.spec
         for decision in plan.weights()
@@ -72,9 +90,10 @@ def _weights_alone(run: Run, plan: Plan) -> Iterator[str]:
     }
     for bits, storage in sorted({(spec.bits, spec.storage) for spec in readers}, key=str):
         if bits in asked and bits < storage.bits:
+            better = f", and {storage.bits} bits would be more accurate"
             yield (
                 f"weights of {bits} bits are stored as {storage.name}: the file has the size of "
-                f"w{storage.bits}, and {storage.bits} bits would be more accurate"
+                f"w{storage.bits}{better if storage.bits <= widest else ''}"
             )
     size = run.policy.block_size
     if size is not None and all(spec.block_size != size for spec in readers):

@@ -49,7 +49,7 @@ def build_quantized(
     if tuning is not None:
         steps.append(lambda: tuning(graph))
     if policy.activations == "dynamic":
-        steps.append(lambda: make_dynamic(graph))
+        steps.append(lambda: make_dynamic(graph, plan.integer_nodes()))
     if target.bias == "int32":
         steps.append(lambda: lower_biases(graph))
     if rank is not None:

@@ -16,7 +16,7 @@ import onnxruntime
 from qpass.calibrate import estimated_sqnr_db, histogram_view
 from qpass.callables import score_file
 from qpass.compare import compare_layers
-from qpass.errors import InternalError, RecipeError
+from qpass.errors import InternalError, UserError
 from qpass.graph import Constant
 from qpass.modelfile import model_bytes
 from qpass.report.model import (
@@ -71,7 +71,7 @@ def evaluate_metric(run: Run, path: Path) -> Metric | None:
     try:
         with run.stages.stage("eval"):
             _, after = score_file(run.options.eval, path)
-    except RecipeError as error:
+    except UserError as error:
         run.eval_failure = " ".join(filter(None, (error.what, error.where)))
         return None
     return Metric(name=name, float=before, quantized=after, drop=before - after)
@@ -122,9 +122,7 @@ def gates_of(run: Run, metric: Metric | None) -> tuple[Gate, ...]:
 def _engine_gates(run: Run, own: EngineReport) -> list[Gate]:
     left = sum(op.planned for op in own.float_ops)
     gates = []
-    narrow = run.plan is not None and run.plan.has_narrow_activations
-    simulated = run.policy.precision.simulated or narrow
-    if run.target.engine != "none" and not simulated:
+    if run.target.engine != "none" and not run.is_simulated:
         gates.append(
             Gate(
                 name=f"{own.name}: planned ops in integers",

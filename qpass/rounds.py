@@ -73,6 +73,7 @@ class _State:
     block_compensation: BlockCompensation | None
     passes: list[PassReport]
     engines: list[EngineReport]
+    notes: list[str]
 
     @classmethod
     def of(cls, run: Run) -> _State:
@@ -86,13 +87,14 @@ class _State:
             block_compensation=run.block_compensation,
             passes=run.passes,
             engines=run.engines,
+            notes=list(run.notes),
         )
 
     def restore(self, run: Run) -> None:
         run.policy, run.plan, run.qtable = self.policy, self.plan, self.qtable
         run.plain, run.quantized = self.plain, self.quantized
         run.compensation, run.block_compensation = self.compensation, self.block_compensation
-        run.passes, run.engines = self.passes, self.engines
+        run.passes, run.engines, run.notes = self.passes, self.engines, self.notes
 
 
 def verify_and_repair(run: Run, path: Path, held_out: list[Mapping[str, Any]]) -> None:
@@ -141,9 +143,7 @@ def _faster(new: EngineReport, old: EngineReport) -> bool:
 def may_repair(run: Run) -> bool:
     """Return True when the engine was meant to run the result in integers."""
     precision = run.policy.precision
-    if run.plan is not None and run.plan.has_narrow_activations:  # of some layers only
-        return False
-    if precision.simulated or run.target.engine == "none" or not run.options.repair:
+    if run.is_simulated or run.target.engine == "none" or not run.options.repair:
         return False
     return precision.activation is not None
 

@@ -101,6 +101,16 @@ class Run:
         """The precision that the result has: the one asked for, or what the target makes of it."""
         return taken_by(self.target, self.policy.precision)
 
+    @property
+    def is_simulated(self) -> bool:
+        """True where no engine here has kernels for the integers of the result as a whole.
+
+        That of the run's precision decides, for other layers are few (stem and head); a layer with
+        narrow activations keeps all others in float as well.
+        """
+        narrow = self.plan is not None and self.plan.has_narrow_activations
+        return self.precision.simulated or narrow
+
 
 def start(source: Path, options: Options) -> Run:
     """Check the options and load the target."""

@@ -19,13 +19,12 @@ MOST: Final = 8  # layers of a segment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """`layers` have constant weights, embeddings included; `outputs` are read behind the segment.
+    """`outputs` are read behind the segment.
 
     `carriers` are those of the outputs that layers had a part in: an error can be in no other.
     """
 
     nodes: tuple[Node, ...]
-    layers: tuple[Node, ...]
     outputs: tuple[str, ...]
     carriers: tuple[str, ...]
 
@@ -57,7 +56,6 @@ def segments(graph: Graph) -> list[Segment]:
             found.append(
                 Segment(
                     nodes=tuple(part),
-                    layers=tuple(n for n in part if n.name in known),
                     outputs=tuple(sorted(alive)),
                     carriers=tuple(sorted(made)),
                 )

@@ -293,3 +293,28 @@ def test_a_plan_without_weights_has_nothing_to_choose(tmp_path: Path) -> None:
     }
     with pytest.raises(RecipeError, match="quantizes none"):
         optimize(saved(model_of(text), tmp_path), samples, mixed=True, min_sqnr=20.0, **QUICK)
+
+
+FAILING = """
+CALLS = []
+
+
+def score(path):
+    CALLS.append(path)
+    if len(CALLS) == 2:  # the first of the plans; the float model comes before
+        raise ValueError("a hiccup")
+    return 1.0
+"""
+
+
+def test_a_plan_that_the_metric_fails_for_is_passed_over(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_metric.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "failing_metric", raising=False)
+    report, found = mixed(model, eval="failing_metric:score", max_drop=0.5)
+    assert report.ok
+    assert found.met
+    (note,) = [note for note in report.notes if "has no score" in note]
+    assert "a hiccup" in note

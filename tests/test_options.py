@@ -91,7 +91,6 @@ def test_options_refused(options: dict[str, Any], what: str) -> None:
     ("options", "what"),
     [
         ({"precision": "w4", "activations": "dynamic"}, "--activations dynamic"),
-        ({"precision": "w4a4", "activations": "dynamic"}, "--activations dynamic"),
         ({"precision": "w4", "calibrate": "entropy"}, "--calibrate entropy"),
         ({"precision": "w8", "stats": "s.npz"}, "--stats"),
         ({"precision": "w4", "tune": 100}, "--tune 100"),
@@ -119,7 +118,7 @@ def test_options_without_effect_are_refused(options: dict[str, Any], what: str) 
         {"activations": "dynamic", "calibrate": "entropy"},
         {"precision": "w4", "round": "gptq", "tune": 100, "compensate": "qwt", "fit": "mm"},
         {"precision": "w4", "compensate": "none", "tune": 0},  # nothing is what comes of it
-        {"precision": "w4", "bits": ("a=w8a8",), "calibrate": "mse"},
+        {"precision": "w4a4", "activations": "dynamic"},  # stem and head have 8 bits
         {"round": "adaround", "iterations": 50},
         {"precision": "w4", "accuracy_level": 0},
         {"bits": ("a=w4",), "accuracy_level": 0},
@@ -129,6 +128,11 @@ def test_options_without_effect_are_refused(options: dict[str, Any], what: str) 
 )
 def test_options_with_an_effect_are_taken(options: dict[str, Any]) -> None:
     make_options(**options)
+
+
+def test_integer_activations_of_a_node_need_a_run_that_has_some() -> None:
+    with pytest.raises(RecipeError, match="a is to have w8a8, and --precision w4 leaves all"):
+        make_options(precision="w4", bits=("a=w8a8",))
 
 
 def test_the_command_line_may_bring_what_a_recipe_needs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qpass.api import make_options
-from qpass.callables import load_callable
+from qpass.callables import load_callable, score_file
 from qpass.errors import InternalError, RecipeError
 from qpass.report.model import EngineReport, FloatOp, Metric
 from qpass.report.wording import verdict_of
@@ -153,3 +153,38 @@ def test_callables_refused(text: str) -> None:
 def test_callable() -> None:
     assert load_callable("math:sqrt", "--eval")(9.0) == 3.0
     assert {"qpass", "onnx", "onnxruntime", "numpy"} <= versions().keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("np.ones(2)", "returned array"),
+        ("10 ** 400", "OverflowError"),
+        ("{}", "StopIteration"),
+        ("list(range(10 ** 5))", "returned \\[0, 1, 2, 3, 4, 5, ...\\]"),
+    ],
+)
+def test_a_metric_that_returns_no_number_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, words: str
+) -> None:
+    name = f"metric_{abs(hash(value))}"
+    (tmp_path / f"{name}.py").write_text(
+        f"import numpy as np\n\n\ndef score(path):\n    return {value}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RecipeError, match=words) as caught:
+        score_file(f"{name}:score", tmp_path / "m.onnx")
+    assert "return one number" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_errors_of_a_metric_name_the_users_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metric_of_shapes.py").write_text(
+        "import numpy as np\n\n\ndef score(path):\n    return np.ones((2, 3)).reshape(7)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RecipeError) as caught:
+        score_file("metric_of_shapes:score", tmp_path / "m.onnx")
+    assert caught.value.where.endswith("metric_of_shapes.py, line 5")

@@ -12,6 +12,8 @@ Preconditions
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from onnx import TensorProto
 
@@ -19,12 +21,17 @@ from qpass.graph import Constant, Graph, Node, array_of
 from qpass.report.model import PassReport, Refusal
 
 
-def make_dynamic(graph: Graph) -> PassReport:
-    """Rewrite every MatMul whose weights alone are quantized."""
+def make_dynamic(graph: Graph, nodes: Collection[str]) -> PassReport:
+    """Rewrite the MatMuls among `nodes` whose weights alone are quantized.
+
+    Args:
+        graph: is changed.
+        nodes: names of what is to compute in integers; other weights stay behind DequantizeLinear.
+    """
     changed, refusals = 0, []
     shared: dict[str, Node] = {}
     for node in list(graph.nodes):
-        if node.op != "MatMul":
+        if node.op != "MatMul" or node.name not in nodes:
             continue
         dq = graph.producer(node.inputs[1])
         left = graph.producer(node.inputs[0])

@@ -344,7 +344,7 @@ def _gates_and_rounds(report: Report) -> Html:
             gate.name,
             wording.value_of(gate.wanted),
             wording.value_of(gate.got),
-            element("span", wording.verdict_of(gate), "good" if gate.passed else "bad"),
+            element("span", wording.verdict_of(gate), wording.grade_of(gate)),
         )
         for gate in report.gates
     ]

@@ -115,6 +115,13 @@ def verdict_of(gate: Gate) -> str:
     return "passed" if gate.passed else "FAILED"
 
 
+def grade_of(gate: Gate) -> str:
+    """Return how a page shows the verdict: good, bad, or not at all."""
+    if not gate.checked:
+        return ""
+    return "good" if gate.passed else "bad"
+
+
 def shouts(note: str) -> bool:
     """Tell whether a note starts in capitals, as those do that must not be overlooked."""
     head = note.partition(":")[0]

@@ -66,7 +66,8 @@ class WeightRule:
     transposed
         A Gemm may hold its weight transposed (transB = 1).
     activations_apart
-        Relu and Clip behind the op hide the kernel; Max and Min do not.
+        Relu and Clip behind a product hide its kernel, this one and that for integer activations;
+        Max and Min do not.
     narrow_in_blocks
         Weights below 8 bits are taken as matrices with blocks and an even last dimension only;
         others have 8 bits, for which one scale a channel is the rule.

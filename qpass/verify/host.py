@@ -10,7 +10,13 @@ from qpass.saturation import exact_entries, saturates
 from qpass.targets import TARGETS, Target
 from qpass.verify.engines import KEEP_SIGNED, EngineName
 from qpass.verify.openvino_trial import has_narrow_activations
-from qpass.verify.session import NARROW, TARGET_KEY, entries_for, recorded_entries
+from qpass.verify.session import (
+    ACCURACY_LEVEL,
+    NARROW,
+    TARGET_KEY,
+    entries_for,
+    recorded_entries,
+)
 
 
 def config_for(plan: Plan, target: Target, engine: EngineName, level: int) -> dict[str, str]:
@@ -36,9 +42,12 @@ def config_of(path: Path, engine: EngineName) -> dict[str, str]:
     if target is None:
         return recorded_entries(metadata, engine)
     host = session_entries(target) if engine == "ort" else {}
-    if engine != target.own_engine and has_narrow_activations(path):
-        return {**host, **NARROW[engine]}
-    return {**host, **recorded_entries(metadata, engine)}
+    if engine == target.own_engine:
+        return {**host, **recorded_entries(metadata, engine)}
+    # Kernels of onnxruntime that stand in for those of another engine compute in float32.
+    level = {ACCURACY_LEVEL: "0"} if engine == "ort" else {}
+    narrow = NARROW[engine] if has_narrow_activations(path) else {}
+    return {**host, **level, **narrow}
 
 
 def session_entries(target: Target) -> dict[str, str]:

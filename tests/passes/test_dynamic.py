@@ -36,6 +36,10 @@ def outputs(graph: Graph, x: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {"x": x})
 
 
+def names_of(graph: Graph) -> list[str]:
+    return [node.name for node in graph.nodes]
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_is_the_product_with_run_time_ranges(per_channel: bool) -> None:
     axis = "<axis = 1>" if per_channel else ""
@@ -48,7 +52,7 @@ def test_is_the_product_with_run_time_ranges(per_channel: bool) -> None:
     graph = Graph.from_text(text, **weights("w", per_channel=per_channel))
     x = RANDOM.standard_normal((2, 4, 16)).astype(np.float32)
     (wanted,) = outputs(graph, x)
-    report = make_dynamic(graph)
+    report = make_dynamic(graph, names_of(graph))
     assert (report.changed, report.refusals) == (1, ())
     assert [node.op for node in graph.nodes] == [
         "DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul", "Mul",
@@ -72,7 +76,7 @@ def test_readers_of_one_tensor_share_its_quantizer() -> None:
     }"""
     )
     graph = Graph.from_text(text, **weights("w"), **weights("v"))
-    assert make_dynamic(graph).changed == 2
+    assert make_dynamic(graph, names_of(graph)).changed == 2
     assert [node.op for node in graph.nodes].count("DynamicQuantizeLinear") == 1
     outputs(graph, np.ones((2, 4, 16), np.float32))
 
@@ -83,7 +87,7 @@ def test_weight_that_is_no_matrix_is_refused() -> None:
         + "(float[2,4,8] y) { w = DequantizeLinear<axis = 2>(w_q, w_s, w_z) [fc] y = MatMul(x, w) }"
     )
     graph = Graph.from_text(text, **weights("w", shape=(2, 16, 8)))
-    report = make_dynamic(graph)
+    report = make_dynamic(graph, names_of(graph))
     assert (report.changed, [row.where for row in report.refusals]) == (0, ["fc"])
 
 
@@ -110,5 +114,12 @@ def test_other_matmuls_stay(body: str) -> None:
         HEAD + "(float[2,4,8] y) {" + body + "}", **{k: np.asarray(v) for k, v in used.items()}
     )
     before = [node.op for node in graph.nodes]
-    assert make_dynamic(graph).changed == 0
+    assert make_dynamic(graph, names_of(graph)).changed == 0
     assert [node.op for node in graph.nodes] == before
+
+
+def test_weights_that_the_plan_leaves_behind_floats_stay() -> None:
+    text = HEAD + "(float[2,4,8] y) { w = DequantizeLinear(w_q, w_s, w_z) [fc] y = MatMul(x, w) }"
+    graph = Graph.from_text(text, **weights("w", per_channel=False))
+    assert make_dynamic(graph, ["another"]).changed == 0
+    assert [node.op for node in graph.nodes] == ["DequantizeLinear", "MatMul"]

@@ -206,7 +206,7 @@ def test_dynamic_activations_take_the_gain_in_the_scale_behind_the_product():
     folded, wanted = graph, explicit(graph, "h", affine, -1)
     fold(folded, site_of(folded, reference), affine)
     for one in (folded, wanted):
-        assert make_dynamic(one).changed == 1
+        assert make_dynamic(one, {node.name for node in one.nodes}).changed == 1
     (got,), (want,) = run(folded, feeds), run(wanted, feeds)
     # x_scale is no dyadic number: each product rounds once, the two orders differ in the last bit.
     np.testing.assert_allclose(got, want, rtol=3e-7, atol=1e-5)

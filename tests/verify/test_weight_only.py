@@ -15,7 +15,9 @@ import qpass
 from qpass.modelfile import read_metadata, save_model
 from qpass.verify.census_ort import read_back_ort
 from qpass.verify.diagnose import Diagnosis
+from qpass.verify.host import config_of
 from qpass.verify.session import ACCURACY_LEVEL, SESSION_KEY, recorded_entries
+from tests.jobs import optimize
 from tests.small_models import from_text
 from tests.test_weight_only import EXACT, HEAD, matrix
 
@@ -133,3 +135,13 @@ def test_a_product_that_did_not_fuse_is_named_with_the_rule(
 def test_the_same_pattern_unchanged_fuses(tmp_path: Path) -> None:
     pattern(tmp_path)
     assert read_back_ort(tmp_path / "p.onnx", tmp_path, {}).weight_only_compute
+
+
+def test_a_kernel_that_stands_in_for_another_engines_computes_in_float32(tmp_path: Path) -> None:
+    """What `optimize` verifies with is what `verify` takes, whichever engine looks."""
+    report = optimize(
+        weighty(tmp_path), None, precision="w4", target="openvino", output=tmp_path / "q.onnx"
+    )
+    assert config_of(Path(report.output), "ort")[ACCURACY_LEVEL] == "0"
+    own = optimize(weighty(tmp_path), None, precision="w4", output=tmp_path / "o.onnx")
+    assert config_of(Path(own.output), "ort")[ACCURACY_LEVEL] == "4"
