@@ -194,9 +194,16 @@ def _fits(run: Run, source: Path, *, note: bool = False) -> bool:
 
 
 def plan(
-    model: str | Path, *, target: str = "ort-x86", precision: str = "w8a8", **options: Any
+    model: str | Path, *, target: str | None = None, precision: str | None = None, **options: Any
 ) -> Plan:
-    """Return what would become of each tensor and node of a model, and why."""
+    """Return what would become of each tensor and node of a model, and why.
+
+    Args:
+        model: the float model.
+        target: as for `optimize`.
+        precision: likewise; by default that of a plan file that is given, else w8a8.
+        options: fields of `qpass.options.Options`.
+    """
     run = start(Path(model), make_options(target=target, precision=precision, **options))
     prepare(run)
     assert run.plan is not None

@@ -77,10 +77,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     strict = validated(_Recipe, frozen=True, config=ConfigDict(extra="forbid"))
     try:
         options = TypeAdapter(strict).validate_python(keys)
+    except RecipeError as error:
+        raise RecipeError(error.what, where=error.where or str(path), fix=error.fix) from error
     except ValidationError as error:
         first = error.errors()[0]
         place, what = ".".join(str(part) for part in first["loc"]), first["msg"]
-        fix = f"`qpass optimize -h` explains --{place.replace('_', '-')}"
+        fix = "`qpass optimize -h` explains the options"
         if first["loc"][0] in LISTS:
             what, fix = "a list of strings is wanted", f'write for example {place} = ["..."]'
             if isinstance(first["input"], str):

@@ -251,3 +251,11 @@ def test_policy_names_the_reason_to_keep() -> None:
 )
 def test_tuning_comes_with_what_learns(options: dict[str, Any], steps: int) -> None:
     assert Options(**options).tune_steps == steps
+
+
+def test_a_value_that_no_run_can_meet_is_looked_for_in_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("samples = 0\n")
+    with pytest.raises(RecipeError, match="--samples 0 is not positive") as caught:
+        make_options(path)
+    assert str(path) in str(caught.value)
