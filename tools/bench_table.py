@@ -119,9 +119,18 @@ def _origin(row: Row) -> Origin:
 
 
 def _runs(rows: Iterable[Row]) -> dict[Origin, str]:
-    """Number the runs that `rows` come from, the oldest first."""
-    origins = sorted({_origin(row) for row in rows})
-    return {origin: str(number) for number, origin in enumerate(origins, start=1)}
+    """Number the runs that `rows` come from, the oldest first.
+
+    Rows that are of no samples (determinism, scale) have the number of a run of their day, commit
+    and machine where there is one.
+    """
+    origins = sorted({_origin(row) for row in rows}, reverse=True)
+    known: dict[tuple[str, str, str], Origin] = {}
+    for date, commit, samples, machine in origins:
+        known.setdefault((date, commit, machine), (date, commit, samples, machine))
+    own = {o: o if o[2] else known[o[0], o[1], o[3]] for o in origins}
+    numbers = {o: str(number) for number, o in enumerate(sorted(set(own.values())), start=1)}
+    return {origin: numbers[own[origin]] for origin in sorted(origins)}
 
 
 def _facts(rows: Sequence[Row], runs: Mapping[Origin, str]) -> list[str]:
@@ -136,12 +145,13 @@ def _facts(rows: Sequence[Row], runs: Mapping[Origin, str]) -> list[str]:
             "one sample a run, in brackets its quartiles (or least and most of several runs). "
             "Seconds and peak memory are those of a process of its own."
         )
+    listed = {number: origin for origin, number in runs.items()}  # of equals, that with samples
     lines = [
         "| run | date | commit | samples: calibration + held out | machine |",
         "| --- | --- | --- | --- | --- |",
         *(
             f"| {number} | {date} | `{commit}` | {samples} | {letters[machine]} |"
-            for (date, commit, samples, machine), number in runs.items()
+            for number, (date, commit, samples, machine) in listed.items()
         ),
     ]
     return [*facts, "\n".join(lines)]
