@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,7 @@ from qpass.errors import ModelError, RecipeError, SampleError
 from qpass.graph import Graph
 from qpass.matching import NOT_FINITE
 from qpass.options import ROUND_WITH_DATA, THOROUGH
+from qpass.passes.held_out import LEAST_SAMPLES
 from qpass.plan import Plan
 from qpass.program import Progress
 from qpass.run import Run, model_key
@@ -136,7 +139,7 @@ def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> N
             run.stats, run.samples = cached.stats, cached.samples
             run.notes.append("statistics came from the cache")
             return
-        try:
+        with broken_weights_named(run):
             result = collect(
                 model,
                 taps,
@@ -147,19 +150,27 @@ def calibrate(run: Run, samples: Samples, progress: Progress | None = None) -> N
                 progress=(lambda done, of: progress("calibrate", done, of)) if progress else None,
                 checkpoint=cache.checkpoint(key) if cache else None,
             )
-        except SampleError as error:
-            broken = broken_layers(run.plan)
-            if not broken:
-                raise
-            raise ModelError(
-                f"the weight of {broken[0]} holds NaN or infinity, and {error.what}",
-                where=str(run.source),
-                fix="check the checkpoint and its export: the samples are not to blame",
-            ) from error
         run.stats, run.samples = result.stats, result.samples
         run.forward_seconds = result.forward_seconds
         if cache:
             cache.put(key, result)
+
+
+@contextmanager
+def broken_weights_named(run: Run) -> Iterator[None]:
+    """Blame weights that are not finite, and not the samples, for tensors that are not."""
+    assert run.plan is not None
+    try:
+        yield
+    except SampleError as error:
+        broken = broken_layers(run.plan)
+        if not broken:
+            raise
+        raise ModelError(
+            f"the weight of {broken[0]} holds NaN or infinity, and {error.what}",
+            where=str(run.source),
+            fix="check the checkpoint and its export: the samples are not to blame",
+        ) from error
 
 
 def broken_layers(plan: Plan) -> list[str]:
@@ -234,9 +245,17 @@ def take_batches(run: Run, samples: Samples, held: Sequence[Any]) -> None:
         # Many unknowns: the more samples the better, where time is not what counts.
         learns = run.options.round in THOROUGH or run.options.tune_steps > 0
         limit = run.options.samples if learns else COMPENSATION_SAMPLES
-        some = islice(iter(samples), limit)
         size = run.options.batch_size
-        counted = list(batches(some, size, inputs))
+        counted = list(batches(islice(iter(samples), limit), size, inputs))
+        total = sum(count for count, _ in counted)
+        if len(counted) <= 2 and total >= 2 * LEAST_SAMPLES:  # one half judges the other
+            half = math.ceil(total / 2)
+            counted = list(batches(islice(iter(samples), limit), half, inputs))
+        if len(counted) < 2:
+            run.notes.append(
+                f"TOO FEW SAMPLES: {total}, and what is fitted to samples is judged by others: "
+                "rounding by outputs and compensation were left out; give at least 8, better 64"
+            )
         run.batches = [feeds for _, feeds in counted]
         # Weights alone are rounded with samples that no statistics were taken of.
         run.samples = max(run.samples, sum(count for count, _ in counted))

@@ -10,7 +10,7 @@ from typing import Final
 from qpass.calibrate import Samples, collect
 from qpass.choose import WIDE_BITS
 from qpass.equalization import Job, equalize, scaled_ops
-from qpass.evidence import taps_of
+from qpass.evidence import broken_weights_named, taps_of
 from qpass.options import ROUND_WITH_DATA
 from qpass.passes.equalize.measure import Specs
 from qpass.passes.equalize.suit_weights import NAME, find_suited, suit_weights
@@ -57,7 +57,7 @@ def scale_for_weights(run: Run, samples: Samples) -> None:
             f"are {count}"
         )
         return
-    with run.stages.stage("suit weights"):
+    with run.stages.stage("suit weights"), broken_weights_named(run):
         model = run.graph.to_model(inline=True)
         first, second = (
             collect(

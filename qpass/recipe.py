@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
@@ -29,15 +30,15 @@ def make_options(recipe: str | Path | None = None, **options: Any) -> Options:
     Raises:
         RecipeError: an unknown or contradicting option.
     """
+    if not isinstance(recipe, str | Path | None):
+        raise RecipeError(f"a recipe is the path of a file, not a {type(recipe).__name__}")
     values: dict[str, Any] = dict(read_recipe(Path(recipe))) if recipe is not None else {}
     known = {field.name for field in dataclasses.fields(Options)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise RecipeError(f"there is no option {unknown[0]}", fix=", ".join(sorted(known)))
-    values.update({key: value for key, value in options.items() if value is not None})
-    for key in LISTS:
-        if key in values:
-            values[key] = tuple(values[key])
+    given = {key: _plain(value) for key, value in options.items() if value is not None}
+    values.update(_checked(given, "option", "see `qpass.options.Options`"))
     if values.get("plan") is not None:
         values = {**read_plan(Path(values["plan"])).settings, **values}
     return Options(**values)
@@ -74,21 +75,38 @@ def read_recipe(path: Path) -> dict[str, Any]:
             )
         keys[name] = value
     _check_keys(keys, path)
-    strict = validated(_Recipe, frozen=True, config=ConfigDict(extra="forbid"))
     try:
-        options = TypeAdapter(strict).validate_python(keys)
+        return _checked(keys, "recipe key", "`qpass optimize -h` explains the options")
     except RecipeError as error:
         raise RecipeError(error.what, where=error.where or str(path), fix=error.fix) from error
+
+
+def _plain(value: Any) -> Any:
+    """Return paths as text and numbers of numpy as Python's: both are common in scripts."""
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _checked(values: Mapping[str, Any], kind: str, usual: str) -> dict[str, Any]:
+    """Return values with the types that options have; RecipeError for one that has no such form."""
+    strict = validated(_Recipe, frozen=True, config=ConfigDict(extra="forbid"))
+    try:
+        options = TypeAdapter(strict).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        place, what = ".".join(str(part) for part in first["loc"]), first["msg"]
-        fix = "`qpass optimize -h` explains the options"
+        place, what, fix = ".".join(str(part) for part in first["loc"]), first["msg"], usual
         if first["loc"][0] in LISTS:
             what, fix = "a list of strings is wanted", f'write for example {place} = ["..."]'
             if isinstance(first["input"], str):
                 fix = f'write {place} = ["{first["input"]}"]'
-        raise RecipeError(f"recipe key {place}: {what}", where=str(path), fix=fix) from error
-    return {key: getattr(options, key) for key in keys}
+        if kind == "option" and first["type"] == "literal_error":
+            name = f"--{place.replace('_', '-')}"
+            raise RecipeError(
+                f"there is no {name} {first['input']}", fix=f"use {first['ctx']['expected']}"
+            ) from error
+        raise RecipeError(f"{kind} {place}: {what}", fix=fix) from error
+    return {key: getattr(options, key) for key in values}
 
 
 def _check_keys(keys: Mapping[str, Any], path: Path) -> None:

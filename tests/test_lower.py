@@ -184,7 +184,7 @@ def dynamic(source: Graph) -> Graph:
     graph = source.copy()
     plan = make_plan(source, TARGETS["ort-x86"], policy_of(activations="dynamic"))
     insert_qdq(graph, plan, minmax(source, plan, feeds_of(source, 2)).qparams)
-    assert make_dynamic(graph).changed == 4
+    assert make_dynamic(graph, plan.integer_nodes()).changed == 4
     return graph
 
 
@@ -208,7 +208,7 @@ def test_readers_of_one_tensor_share_its_dynamic_range() -> None:
     graph = from_text(f"{HEAD} g {text}", w=matrix, v=matrix[::-1].copy())
     plan = make_plan(graph, TARGETS["ort-x86"], policy_of(activations="dynamic"))
     insert_qdq(graph, plan, minmax(graph, plan, feeds_of(graph, 1)).qparams)
-    make_dynamic(graph)
+    make_dynamic(graph, plan.integer_nodes())
     ops = Counter(n.op for n in graph.nodes)
     assert (ops["MatMulInteger"], ops["DynamicQuantizeLinear"]) == (2, 1)
     onnx.checker.check_model(graph.to_model(), full_check=True)

@@ -98,7 +98,7 @@ def test_both_files_are_timed_as_they_have_to_be_loaded(
 
 
 def test_what_cannot_be_judged_is_left_out_and_said(job: Path) -> None:
-    report = optimize("qwt", "w8a8", "--samples", 48, "--batch-size", 64)
+    report = optimize("qwt", "w8a8", "--samples", 3)
     assert report["runtime_costs"] == []
     assert report["nodes"]["added_at_runtime"] == 0
     (note,) = [note for note in report["notes"] if note.startswith("--compensate qwt")]

@@ -163,3 +163,28 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         optimize(path, normal((24, 5, 16)))
     report = optimize(path, None, precision="w8")
     assert any(note.startswith("THE WEIGHT OF middle HOLDS NaN") for note in report.notes)
+
+
+@pytest.mark.parametrize("count", [9, 16, 17, 24])  # 7, 12, 13 and 18 of them calibrate
+def test_a_last_batch_of_one_sample_judges_with_the_one_before(tmp_path: Path, count: int) -> None:
+    """One sample has no standard error, and would refuse every rounding and compensation."""
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[N,8,32] x) => (float[N,8,16] y) {
+      [first] a = MatMul(x, w0)
+      [act] b = Relu(a)
+      [second] c = MatMul(b, w1)
+      [act2] d = Relu(c)
+      [last] y = MatMul(d, w2)
+    }"""
+    path = saved(model_of(text, w0=(32, 32), w1=(32, 32), w2=(32, 16)), tmp_path)
+    report = optimize(path, normal((count, 8, 32)), precision="w4a8")
+    (rounding,) = (part for part in report.passes if part.name == "round_weights")
+    assert rounding.changed > 0 or count == 9
+    assert not [refusal for refusal in rounding.refusals if "inf dB" in refusal.reason]
+    assert not any(note.startswith("TOO FEW") for note in report.notes)
+
+
+def test_too_few_samples_to_fit_anything_are_said(tmp_path: Path) -> None:
+    path = saved(model_of(MLP, w0=(16, 16), w1=(16, 16), w2=(16, 8)), tmp_path)
+    report = optimize(path, normal((3, 5, 16)), precision="w4a8")
+    assert any(note.startswith("TOO FEW SAMPLES: 2") for note in report.notes)

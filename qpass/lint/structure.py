@@ -89,14 +89,23 @@ def _numbers(view: View, name: str) -> object:
 
 
 def one_weight_two_scales(view: View) -> Iterator[Hit]:
-    """Find integer constants that several DQs read with different scales."""
+    """Find integer constants that several DQs read with scales that are far apart."""
     first: dict[str, str] = {}
     for slot in view.dequantizers:
         if slot.source not in view.constants:
             continue
         other = first.setdefault(slot.source, slot.scale_name)
-        if _numbers(view, other) != _numbers(view, slot.scale_name):
+        if not _alike(view, other, slot.scale_name):
             yield hit(slot.node, slot.source, f"dequantized with the scales {other} and its own")
+
+
+def _alike(view: View, left: str, right: str) -> bool:
+    """True where gains of the ops that read the integers, from 1/2 to 2, explain the scales."""
+    a, b = view.values(left), view.values(right)
+    if left == right or a is None or b is None or a.shape != b.shape:
+        return left == right
+    ratios = a.astype(np.float64).ravel() / b.astype(np.float64).ravel()
+    return bool((np.abs(np.log2(ratios)) <= 2.0).all())
 
 
 def weight_axis(view: View) -> Iterator[Hit]:
@@ -214,7 +223,8 @@ RULES: Final = (
         severity="error",
         title="a weight has one scale",
         repair="give every DQ of the weight the same scale, or every scale its own integers",
-        source="integers were rounded for one scale",
+        source="integers were rounded for one scale; compensation gives each op that reads them a "
+        "gain of its own, from 1/2 to 2",
         check=one_weight_two_scales,
     ),
     Rule(

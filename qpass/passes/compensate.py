@@ -42,6 +42,7 @@ from qpass.passes.correct_between import (
 )
 from qpass.passes.correct_input import InputChange, correct_input
 from qpass.passes.fold_affine import Site, find_site, fold
+from qpass.passes.held_out import count_held
 from qpass.passes.model_gate import GATED_CONFIDENCE, Verdict
 from qpass.passes.model_verdict import model_verdict
 from qpass.passes.output_range import Stretch, output_range, solve_stretch, stretch_range
@@ -144,7 +145,7 @@ def compensate(
             out do, which judge each channel.
     """
     begin = time.perf_counter()
-    held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
+    held = count_held(batches, holdout)
     if held < 1:
         reason = "there is only one batch: nothing could be held out to judge by"
         refusals = [Refusal(rule="compensate", where="model", reason=reason)]

@@ -38,6 +38,7 @@ from qpass.passes.block_linear import RIDGES, Kind
 from qpass.passes.block_rows import collect_rows
 from qpass.passes.blocks import Block, find_blocks
 from qpass.passes.fold_affine import Site, fold
+from qpass.passes.held_out import count_held
 from qpass.passes.model_gate import Verdict
 from qpass.passes.model_verdict import model_verdict
 from qpass.program import Progress
@@ -143,7 +144,7 @@ def compensate_blocks(
     begin = time.perf_counter()
     found = find_blocks(reference)
     refusals = list(found.refusals)
-    held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
+    held = count_held(batches, holdout)
     if held < 1:
         reason = "there is only one batch: nothing could be held out to judge by"
         refusals.append(Refusal(rule=method, where="model", reason=reason))

@@ -39,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.graph import Graph, array_of
+from qpass.passes.held_out import count_held
 from qpass.passes.live_rows import LiveRows
 from qpass.passes.model_gate import GATED_CONFIDENCE
 from qpass.passes.model_verdict import model_verdict
@@ -207,7 +208,7 @@ def round_weights(
         check_torch("--round adaround")
     if guided:
         check_torch("--row-weights gradient")
-    held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
+    held = count_held(batches, holdout)
     random, first_held = np.random.default_rng(seed), len(batches) - held
     walk = _Walk(
         method=method,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from qpass.graph import Graph
 from qpass.passes.channel_affine import ChannelAffine
 from qpass.passes.fold_affine import Site, find_site, fold
+from qpass.passes.held_out import count_held
 from qpass.passes.model_gate import CONFIDENCE, GATED_CONFIDENCE, Verdict, judge, outputs_of
 from qpass.passes.rounding.gradient import check_torch
 from qpass.report.model import PassReport, Refusal
@@ -88,7 +89,7 @@ def tune(
         return result(0, [Refusal(rule=RULE, where="model", reason=reason)], verdict)
 
     if not judges:
-        held = min(max(1, round(holdout * len(batches))), len(batches) - 1)
+        held = count_held(batches, holdout)
         if held < 1:
             return refuse("there is only one batch: nothing could be held out to judge by")
         batches, judges = batches[:-held], batches[-held:]
@@ -151,6 +152,11 @@ def _sites(reference: Graph, quantized: Graph) -> tuple[list[Site], list[Refusal
     sites, refusals = [], []
     for original in reference.nodes:
         if not is_weighted(original):
+            continue
+        weight = quantized.producer(nodes[original.name].inputs[1])
+        if weight is None or weight.op != "DequantizeLinear":
+            reason = "it stays float, and as it is"
+            refusals.append(Refusal(rule=RULE, where=original.name, reason=reason))
             continue
         site = find_site(quantized, nodes, original)
         if isinstance(site, str):

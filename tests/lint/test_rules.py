@@ -184,7 +184,7 @@ CASES: dict[str, tuple[str | None, onnx.ModelProto, onnx.ModelProto]] = {
     ),
     "QP024": (None, changed(matmul(), float_twin), matmul()),
     "QP025": (None, second_pair(0.5), moved_pair()),
-    "QP026": (None, two_scales(0.25), two_scales(0.5)),
+    "QP026": (None, two_scales(0.0625), two_scales(0.25)),
     "QP030": (None, changed(conv(), drop_axis), matmul(weight={"axis": -1})),
     "QP031": (None, conv(bias={"scale": PER_CHANNEL * 0.03126}), conv()),
     "QP032": (None, conv(data={"scale": PER_CHANNEL, "axis": 1}), conv()),

@@ -19,6 +19,7 @@ from qpass.torch.executor_ops import OPS  # noqa: E402
 from qpass.torch.tune import TunedLayer, tune_channels  # noqa: E402
 from qpass.verify.metrics import sqnr_db  # noqa: E402
 from tests.folds import graph_of, normal  # noqa: E402
+from tests.frozen_networks import on_the_grid  # noqa: E402
 from tests.rounded import quantized_at  # noqa: E402
 from tests.small_models import feeds_of, mlp, residual_cnn, run, transformer  # noqa: E402
 
@@ -130,12 +131,22 @@ def test_it_asks_the_teacher(divisible: bool) -> None:
 
 
 def test_a_model_that_is_right_stays() -> None:
+    reference = on_the_grid(residual_cnn(), "w8a8")
+    graph, _, _ = quantized_at(reference, "w8")
+    before = graph.fingerprint()
+    report = tune(reference, graph, feeds_of(reference, 8), steps=5, threads=1).report
+    assert report.changed == 0
+    assert "no sure improvement" in report.refusals[0].reason
+    assert graph.fingerprint() == before
+
+
+def test_ops_that_stay_float_stay_as_they_are() -> None:
     reference = residual_cnn()
     graph = reference.copy()
     before = graph.fingerprint()
     report = tune(reference, graph, feeds_of(reference, 8), steps=5, threads=1).report
     assert report.changed == 0
-    assert "no sure improvement" in report.refusals[0].reason
+    assert {refusal.reason for refusal in report.refusals[:-1]} == {"it stays float, and as it is"}
     assert graph.fingerprint() == before
 
 
