@@ -27,6 +27,7 @@ from qpass.units import is_weighted
 Array = NDArray[Any]
 
 FLOAT_BITS: Final = 32
+ACTIVATION_BYTES: Final = 2.0**-16  # a bit of activations, in bytes of weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +60,16 @@ def levels_of(run: Run) -> dict[str, list[Precision | None]]:
         if not bits:
             continue
         lowest = Precision.parse(bits)
-        own: list[Precision | None] = list(dict.fromkeys([lowest, raised(lowest)]))
+        high = raised(lowest)
+        # Bits of activations weigh nothing in the file, so they come before those of weights.
+        between = replace(lowest, activation=high.activation)
+        own: list[Precision | None] = list(dict.fromkeys([lowest, between, high]))
         if node.name in weighted | tables:
             own.append(None)
         elif run.options.mixed_cost != "size" or not is_product(node) or len(own) == 1:
             continue
+        else:
+            own = [lowest, high]  # of activations alone: weights of a product are none
         found[node.name] = own if run.policy.own_bits(node.name) is None else [lowest]
     return found
 
@@ -134,11 +140,15 @@ def _keys(plan: Plan) -> dict[tuple[str, int], str]:
 def sizes_of(node: Node, layer: LayerError) -> Array:
     """Return the bytes of a layer's weight at each level, scales not counted.
 
-    A product of activations counts as one weight, so that it has few bits where they do.
+    Bits of activations count next to nothing, so that few are kept where they do.
     """
-    elements = max(elements_of(node), 1)
-    bits = [
+    weights = [
         FLOAT_BITS if level is None else storage_for(level.weight, signed=True).bits
         for level in layer.levels
     ]
-    return np.array(bits, np.float64) * elements / 8.0
+    activations = [
+        FLOAT_BITS if level is None or level.activation is None else level.activation
+        for level in layer.levels
+    ]
+    rest = np.array(activations, np.float64) * ACTIVATION_BYTES
+    return np.array(weights, np.float64) * elements_of(node) / 8.0 + rest

@@ -37,9 +37,9 @@ class Costs:
     float_bytes: float
     model_ms: Mapping[int, float]
 
-    def bytes_of(self, point: Point) -> float:
+    def bytes_of(self, point: Point) -> int:
         """Return the bytes of all weights of a choice."""
-        return sum(float(own[i]) for own, i in zip(self.sizes, point.levels, strict=True))
+        return int(sum(float(own[i]) for own, i in zip(self.sizes, point.levels, strict=True)))
 
 
 def report_of(
@@ -60,7 +60,7 @@ def report_of(
         met=measured[chosen] >= budget.wanted,
         points=tuple(
             MixedPoint(
-                weight_bytes=int(costs.bytes_of(point)),
+                weight_bytes=costs.bytes_of(point),
                 share_of_float=costs.bytes_of(point) / max(costs.float_bytes, 1.0),
                 layers_ms=point.size if timed else None,
                 model_ms=costs.model_ms.get(number),

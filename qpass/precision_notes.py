@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from qpass.bits import bits_of_nodes, taken_by
+from qpass.bits import EDGE_BITS, bits_of_nodes, taken_by
 from qpass.matching import is_dynamic
 from qpass.options import ACCURACY_LEVEL
 from qpass.plan import Plan
@@ -24,6 +24,7 @@ def precision_notes(run: Run) -> list[str]:
         *_widened(run),
         *_weights_alone(run, run.plan),
         *_static(run, run.plan),
+        *_nowhere(run, run.plan),
     ]
 
 
@@ -48,6 +49,17 @@ def _simulated(plan: Plan) -> Iterator[str]:
         yield (
             f"{SIMULATED} the engines here compute {', '.join(bits)} in float; the numbers show "
             "the accuracy of the integers, not their speed."
+        )
+
+
+def _nowhere(run: Run, plan: Plan) -> Iterator[str]:
+    """Say where few bits were asked for and every layer has more."""
+    asked, found = run.precision, {node.bits for node in plan.nodes if node.bits}
+    few = min(asked.weight, asked.activation or EDGE_BITS) < EDGE_BITS
+    if few and found and not run.options.mixed and str(asked) not in found:
+        yield (
+            f"NO LAYER HAS {asked}: stem and head keep {EDGE_BITS} bits (--low-bit-edges: fewer), "
+            f"and others have bits of their own ({', '.join(sorted(found))})"
         )
 
 

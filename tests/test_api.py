@@ -387,3 +387,12 @@ def test_failure_leaves_the_folder_as_it_was(
     with pytest.raises(ZeroDivisionError):
         optimize(path, normal())
     assert listing(tmp_path) == before
+
+
+def test_few_bits_that_no_layer_has_are_said(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[N,16] x) => (float[N,8] y) { a = MatMul(x, w) y = Relu(a) }"""
+    path = saved(model_of(text, w=(16, 8)), tmp_path)
+    for options, said in (({}, True), ({"low_bit_edges": True}, False)):
+        report = optimize(path, normal((16, 16)), precision="w3a8", **options)
+        assert any(note.startswith("NO LAYER HAS w3a8") for note in report.notes) is said

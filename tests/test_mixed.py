@@ -318,3 +318,15 @@ def test_a_plan_that_the_metric_fails_for_is_passed_over(
     assert found.met
     (note,) = [note for note in report.notes if "has no score" in note]
     assert "a hiccup" in note
+
+
+def test_bits_of_activations_come_before_those_of_weights(model: Path) -> None:
+    """They weigh nothing in the file: from w4a4 the way leads over w4a8."""
+    wide = optimize(model, DATA, precision="w4a8", output=model.with_name("w.onnx"), **QUICK)
+    wanted = wide.engines[0].sqnr_db
+    assert wanted is not None
+    report, found = mixed(model, precision="w4a4", min_sqnr=wanted - 1.0)
+    assert report.ok
+    assert found.met
+    assert "w4a8" in {layer.bits for layer in found.layers}
+    assert stored_bytes(report.output) <= 1.1 * stored_bytes(wide.output)
