@@ -16,8 +16,8 @@ from qpass.calibrate import Samples, TapRequest, collect, input_specs, open_samp
 from qpass.calibrate import shard as take_shard
 from qpass.callables import load_metric
 from qpass.compare import LayerDifference, compare_layers
-from qpass.errors import ModelError, RecipeError
-from qpass.evidence import aim_notes, held_out_samples, open_data, take_batches, taps_of
+from qpass.errors import ModelError, RecipeError, SampleError
+from qpass.evidence import aim_notes, few_held, held_out_samples, open_data, take_batches, taps_of
 from qpass.evidence import calibrate as calibrate_run
 from qpass.files import check_folder, check_new_folder, write_text
 from qpass.graph import Graph
@@ -113,7 +113,7 @@ def optimize(
         with run.stages.stage("samples"):
             calibration, holdout = open_data(run, data)
             held, note = held_out_samples(calibration, holdout)
-        run.notes += [note] if note else []
+        run.notes += [note] if note else few_held(held)
     elif run.options.round in ROUND_WITH_DATA:
         raise RecipeError(f"--round {run.options.round} needs samples", fix="give --data")
     elif settings.static_norm is not None:
@@ -303,6 +303,8 @@ def verify(
         inputs = input_specs(graph.to_model(stub_above=1024))
         source = open_samples(data, inputs, preprocess=preprocess, seed=settings.seed)
         feeds = list(islice(iter(source), settings.samples))
+        if not feeds:
+            raise SampleError("there are no samples to verify with", where=source.source)
     run = start(path, settings)
     base = Path(reference) if reference is not None else path
     if reference is not None:

@@ -35,6 +35,7 @@ from qpass.weights_float import closeness_db
 COMPENSATION_SAMPLES: Final = 64  # two unknowns a channel: more samples change little
 # Fewer say nothing of a model: then a quarter of the calibration samples judges, and is not fitted.
 LEAST_JUDGES: Final = 8
+FEW_HELD: Final = 2  # held-out samples; below, an SQNR is that of a single one
 VERIFY_SAMPLES: Final = 32  # at most so many held-out samples are compared
 
 
@@ -92,6 +93,16 @@ def held_out_samples(calibration: Samples, holdout: Samples) -> tuple[list[Any],
     return list(islice(iter(calibration), VERIFY_SAMPLES)), (
         "no sample was held out: the numbers below were measured on the calibration samples"
     )
+
+
+def few_held(held: Sequence[Any]) -> list[str]:
+    """Say where the numbers of the verification stand on next to nothing."""
+    if len(held) >= FEW_HELD:
+        return []
+    return [
+        f"only {len(held)} of the samples was left for the verification: its SQNR is of that one; "
+        "give fewer --samples, or more data"
+    ]
 
 
 def aim_notes(run: Run, held: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 import qpass
+from qpass.errors import SampleError
 from tests.jobs import (
     CNN,
     CONVOLUTIONS,
@@ -142,3 +143,12 @@ def test_what_an_absent_engine_refuses_is_said(tmp_path: Path, batch: str, said:
     notes = [note for note in report.notes if note.startswith("LINT ")]
     assert any(note.startswith("LINT QP403") for note in notes) is said
     assert len(notes) == int(said)
+
+
+def test_verification_of_nothing_or_of_one_sample_is_said(tmp_path: Path) -> None:
+    path = saved(small_model(), tmp_path)
+    with pytest.raises(SampleError, match="no samples"):
+        qpass.verify(path, data={"x": np.zeros((0, 3, 8, 8), np.float32)})
+    for count, said in ((13, True), (16, False)):
+        report = optimize(path, normal((count, 3, 8, 8)), samples=12, output=tmp_path / "q.onnx")
+        assert any("is of that one" in note for note in report.notes) is said
