@@ -34,6 +34,10 @@ class SampleError(UserError):
     """The samples cannot be used: missing input, wrong shape or dtype, NaN or infinity."""
 
 
+class NotFiniteError(SampleError):
+    """A tensor of the float model is NaN or infinite on a sample: its fault, or that of weights."""
+
+
 class RecipeError(UserError):
     """An option, recipe, plan or statistics file is wrong."""
 

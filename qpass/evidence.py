@@ -22,7 +22,7 @@ from qpass.calibrate import (
     split,
 )
 from qpass.choose import importance
-from qpass.errors import ModelError, RecipeError, SampleError
+from qpass.errors import ModelError, NotFiniteError, RecipeError
 from qpass.graph import Graph
 from qpass.matching import NOT_FINITE
 from qpass.options import ROUND_WITH_DATA, THOROUGH
@@ -173,7 +173,7 @@ def broken_weights_named(run: Run) -> Iterator[None]:
     assert run.plan is not None
     try:
         yield
-    except SampleError as error:
+    except NotFiniteError as error:
         broken = broken_layers(run.plan)
         if not broken:
             raise

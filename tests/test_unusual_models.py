@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from qpass.errors import ModelError
+from qpass.errors import ModelError, SampleError
 from tests.jobs import (
     engine,
     model_of,
@@ -161,6 +161,10 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     path = saved(model, tmp_path)
     with pytest.raises(ModelError, match="the weight of middle holds NaN or infinity"):
         optimize(path, normal((24, 5, 16)))
+    with pytest.raises(SampleError, match="NaN"):  # of the samples themselves: no weight's doing
+        optimize(path, {"x": np.full((24, 5, 16), np.nan, np.float32)})
+    with pytest.raises(SampleError, match="no sample"):
+        optimize(path, [])
     report = optimize(path, None, precision="w8")
     assert any(note.startswith("THE WEIGHT OF middle HOLDS NaN") for note in report.notes)
 

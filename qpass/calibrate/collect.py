@@ -28,7 +28,7 @@ from qpass.calibrate.inputs import Feeds
 from qpass.calibrate.samples import Samples, batches, shard
 from qpass.calibrate.stats import TensorStats, merge
 from qpass.calibrate.taps import CollectResult, TapRequest
-from qpass.errors import InternalError, SampleError
+from qpass.errors import InternalError, NotFiniteError, SampleError
 
 Array = NDArray[Any]
 Progress = Callable[[int, int | None], None]
@@ -247,9 +247,9 @@ class _Observers:
         for tensor, observer in self.observers.items():
             try:
                 observer.update(arrays[tensor], numbers)
-            except SampleError as error:
+            except NotFiniteError as error:
                 where = f"{self.job.samples.source}, samples {numbers[0]} to {numbers[-1]}"
-                raise SampleError(error.what, where=where, fix=error.fix) from error
+                raise NotFiniteError(error.what, where=where, fix=error.fix) from error
 
     def _wait(self) -> None:
         if self.pending is not None:

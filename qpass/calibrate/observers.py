@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.calibrate.stats import EMPTY, Histogram, TensorStats, merge, window_for
-from qpass.errors import InternalError, SampleError
+from qpass.errors import InternalError, NotFiniteError
 
 __all__ = ["ELEMENTS_PER_SAMPLE", "TensorObserver", "TensorStats"]
 
@@ -65,7 +65,7 @@ class TensorObserver:
             samples: number of each sample in the batch; by default it is one sample, the next.
 
         Raises:
-            SampleError: NaN or infinity.
+            NotFiniteError: NaN or infinity.
             InternalError: not a float tensor, or not as many channels as weights.
         """
         numbers = [self._samples] if samples is None else samples
@@ -105,7 +105,7 @@ class TensorObserver:
             return
         low, high = float(channel_low.min()), float(channel_high.max())
         if not np.isfinite(low) or not np.isfinite(high):
-            raise SampleError(
+            raise NotFiniteError(
                 f"tensor {self.tensor} is not finite: its values are within [{low}, {high}]",
                 fix="the float model overflows on this sample: check it and its preprocessing",
             )
