@@ -90,6 +90,9 @@ def choose_bits(run: Run, batches: Sequence[Feeds], budget: Budget) -> MixedRepo
         tempfile.TemporaryDirectory(prefix="qpass-mixed-") as folder,
     ):
         measured = _search(run, errors, front, budget, Path(folder))
+        if times is None and 0 not in measured:
+            # Accuracy need not grow with bits, so what a plain run would give competes.
+            measured[0] = _measured(run, errors, front[0], budget, _file(Path(folder), 0))
         if times is not None:
             number = _add_uniform(front, errors, times)
             if number not in measured:

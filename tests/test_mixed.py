@@ -320,6 +320,33 @@ def test_a_plan_that_the_metric_fails_for_is_passed_over(
     assert "a hiccup" in note
 
 
+UNSTEADY = """
+import onnx
+
+
+def score(path):
+    kinds = {t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) == 4}
+    if onnx.TensorProto.INT8 not in kinds:  # the float model
+        return 1.0
+    wide = sum(t.data_type == onnx.TensorProto.INT8 for t in onnx.load(path).graph.initializer
+               if len(t.dims) == 4)
+    return 1.0 if wide == 1 else 0.0  # the stem alone has 8 bits
+"""
+
+
+def test_what_a_plain_run_would_give_competes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metric need not grow with bits: bisection alone would go up and never come back."""
+    (tmp_path / "unsteady_metric.py").write_text(UNSTEADY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "unsteady_metric", raising=False)
+    report, found = mixed(model, eval="unsteady_metric:score", max_drop=0.5)
+    assert report.ok
+    assert found.points[0].chosen
+    assert sum(p.measured is not None for p in found.points) > 2
+
+
 def test_bits_of_activations_come_before_those_of_weights(model: Path) -> None:
     """They weigh nothing in the file: from w4a4 the way leads over w4a8."""
     wide = optimize(model, DATA, precision="w4a8", output=model.with_name("w.onnx"), **QUICK)
