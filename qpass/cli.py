@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from qpass import api
-from qpass.calibrate import merge_stats, save_stats
+from qpass.calibrate import merge_stats, missing_shards, save_stats
 from qpass.errors import QpassError, RecipeError, UserError
 from qpass.files import check_folder, write_text
 from qpass.inspect import inspect_model
@@ -263,8 +263,11 @@ def merge(stats: tuple[Path, ...], output: Path) -> None:
     """Merge the STATS of shards into one file."""
     with user_errors():
         check_folder(output)
-        save_stats(output, *merge_stats(stats))
+        merged, meta = merge_stats(stats)
+        save_stats(output, merged, meta)
         click.echo(f"wrote {output}")
+        if lacking := missing_shards(meta):
+            click.echo(f"shards that are still missing: {', '.join(lacking)}", err=True)
 
 
 @main.command()

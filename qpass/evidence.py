@@ -18,6 +18,7 @@ from qpass.calibrate import (
     collect,
     input_specs,
     load_stats,
+    missing_shards,
     open_samples,
     split,
 )
@@ -216,6 +217,12 @@ def _stats_from_file(run: Run, path: Path, taps: list[TapRequest]) -> dict[str, 
             fix=f"run qpass calibrate again with --target {run.target.name}",
         )
     run.samples = int(meta.get("samples", 0))
+    if lacking := missing_shards(meta):
+        run.notes.append(
+            f"STATISTICS OF A PART OF THE SAMPLES: {path.name} lacks {len(lacking)} of the shards "
+            f"({', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''}); `qpass merge` joins "
+            "them"
+        )
     return stats
 
 

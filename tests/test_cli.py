@@ -130,6 +130,12 @@ def test_shards_merge_and_stand_for_the_samples(job: Path) -> None:
         shard = ("--shard", f"{index}/2", "-o", f"{index}.npz")
         assert qpass("calibrate", "m.onnx", "--data", "x.npz", *shard).exit_code == 0
     assert qpass("merge", "0.npz", "1.npz", "-o", "all.npz").exit_code == 0
+    alone = qpass("merge", "1.npz", "-o", "alone.npz")
+    assert alone.exit_code == 0
+    assert "still missing: 0/2" in alone.stderr
+    result = qpass("optimize", "m.onnx", "--data", "x.npz", "--stats", "1.npz", "--json", *FAST)
+    notes = json.loads(result.stdout)["notes"]
+    assert any(note.startswith("STATISTICS OF A PART OF THE SAMPLES: 1.npz") for note in notes)
     assert qpass("merge", "0.npz", "0.npz", "-o", "twice.npz").exit_code == 2
     result = qpass("optimize", "m.onnx", "--data", "x.npz", "--stats", "all.npz", "--json", *FAST)
     assert json.loads(result.stdout)["cost"]["samples"] == 12

@@ -7,6 +7,7 @@ from qpass.calibrate.cache import (
     Checkpoint,
     load_stats,
     merge_stats,
+    missing_shards,
     save_stats,
 )
 from qpass.calibrate.collect import collect
@@ -40,6 +41,7 @@ __all__ = [
     "input_specs",
     "load_stats",
     "merge_stats",
+    "missing_shards",
     "open_samples",
     "save_stats",
     "shard",

@@ -26,6 +26,7 @@ from qpass.errors import RecipeError
 Meta = dict[str, str]
 
 CHECKPOINT_SECONDS: Final = 5.0
+WHOLE: Final = "0/1"  # the shard that is all samples
 _DAMAGE: Final = (
     OSError,
     EOFError,
@@ -121,17 +122,36 @@ def merge_stats(paths: Sequence[Path]) -> tuple[dict[str, TensorStats], Meta]:
             )
         if stats.keys() != first_stats.keys():
             raise RecipeError(f"it has other tensors than {paths[0]}", where=str(path))
-        if "shard" in meta and meta["shard"] in shards:
-            raise RecipeError(f"shard {meta['shard']} is there twice", where=str(path))
-        shards.append(meta.get("shard", ""))
+        for part in _shards(meta):
+            if part in shards:
+                what = "what all samples gave" if part == WHOLE else f"shard {part}"
+                raise RecipeError(f"{what} is there twice", where=str(path))
+            if shards and part.partition("/")[2] != shards[0].partition("/")[2]:
+                raise RecipeError(
+                    f"shard {part} does not go with shard {shards[0]} of {paths[0]}",
+                    where=str(path),
+                    fix="merge the shards of one --shard I/N",
+                )
+            shards.append(part)
     total = sum(int(meta.get("samples", 0)) for _, meta in loaded)
     merged = {
         name: reduce(merge, (stats[name] for stats, _ in loaded)) for name in sorted(first_stats)
     }
     meta = {**first, "samples": str(total)}
-    if all(shards):
+    if shards != [WHOLE]:
         meta["shard"] = "+".join(sorted(shards))
     return merged, meta
+
+
+def _shards(meta: Mapping[str, str]) -> list[str]:
+    return meta.get("shard", WHOLE).split("+")
+
+
+def missing_shards(meta: Mapping[str, str]) -> list[str]:
+    """Return the shards ("1/4") that statistics lack to be those of all samples."""
+    there = _shards(meta)
+    count = int(there[0].partition("/")[2])
+    return [part for part in (f"{index}/{count}" for index in range(count)) if part not in there]
 
 
 class Checkpoint:

@@ -12,6 +12,7 @@ from qpass.calibrate import (
     TensorObserver,
     load_stats,
     merge_stats,
+    missing_shards,
     save_stats,
 )
 from qpass.errors import RecipeError
@@ -43,7 +44,7 @@ def test_files_hold_everything_and_are_deterministic(tmp_path):
     for path in paths:
         save_stats(path, stats_of(0), META)
     stats, meta = load_stats(paths[0])
-    assert meta == META
+    assert "shard" not in meta
     assert_same(stats, stats_of(0))
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
@@ -82,6 +83,34 @@ def test_merged_shards_are_the_whole(tmp_path):
     np.testing.assert_array_equal(again["u"].histogram.counts, stats["u"].histogram.counts)
     with pytest.raises(RecipeError, match="shard 0/3 is there twice"):
         merge_stats([paths[0], paths[1], paths[0]])
+
+
+def test_shards_that_are_missing_have_names(tmp_path):
+    parts = [tmp_path / f"{index}.npz" for index in range(4)]
+    for index, path in enumerate(parts):
+        save_stats(path, stats_of(index), {**META, "samples": "2", "shard": f"{index}/4"})
+    stats, meta = merge_stats([parts[2], parts[0]])
+    assert missing_shards(meta) == ["1/4", "3/4"]
+    half = tmp_path / "half.npz"
+    save_stats(half, stats, meta)
+    with pytest.raises(RecipeError, match="shard 2/4 is there twice"):
+        merge_stats([half, parts[2]])
+    assert missing_shards(merge_stats([half, parts[1], parts[3]])[1]) == []
+
+
+def test_shards_of_another_division_and_the_whole_do_not_merge(tmp_path):
+    for name, shard in (("a", "0/2"), ("b", "1/3")):
+        save_stats(tmp_path / f"{name}.npz", stats_of(0), {**META, "shard": shard})
+    save_stats(tmp_path / "whole.npz", stats_of(0), META)
+    with pytest.raises(RecipeError, match="shard 1/3 does not go with shard 0/2"):
+        merge_stats([tmp_path / "a.npz", tmp_path / "b.npz"])
+    with pytest.raises(RecipeError, match="does not go with"):
+        merge_stats([tmp_path / "a.npz", tmp_path / "whole.npz"])
+    with pytest.raises(RecipeError, match="all samples gave is there twice"):
+        merge_stats([tmp_path / "whole.npz", tmp_path / "whole.npz"])
+    _, meta = merge_stats([tmp_path / "whole.npz"])
+    assert "shard" not in meta
+    assert missing_shards(meta) == []
 
 
 @pytest.mark.parametrize(
