@@ -23,7 +23,7 @@ from qpass.files import check_folder, check_new_folder, write_text
 from qpass.graph import Graph
 from qpass.lint import error_notes
 from qpass.migration import migrate_scales, scale_for_weights
-from qpass.mixed import search
+from qpass.mixed import plan_to_edit, search
 from qpass.modelfile import load_model, model_bytes, read_metadata, save_model
 from qpass.options import ROUND_WITH_DATA
 from qpass.passes.normalize import normalize
@@ -146,9 +146,9 @@ def optimize(
         final = final.with_name(f"{final.stem}.rejected{final.suffix}")
     with run.stages.stage("write"):
         save_model(run.quantized, final, metadata=metadata_of(run))
-    if run.mixed is not None and run.plan is not None:
+    if run.mixed is not None:
         chosen = final.with_suffix(".plan.json")
-        write_text(chosen, run.plan.to_json())
+        write_text(chosen, plan_to_edit(run).to_json())
         run.mixed = dataclasses.replace(run.mixed, plan=str(chosen))
     report = build_report(run, final, metric, gates)
     if settings.report is not None:

@@ -30,6 +30,7 @@ from qpass.mixed_levels import Draft, drafts_of, elements_of, levels_of, rounder
 from qpass.mixed_report import Costs, report_of
 from qpass.modelfile import save_model
 from qpass.pipeline import quantize
+from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.program import Precision
 from qpass.quantize import build_quantized
@@ -287,6 +288,26 @@ def _apply(run: Run, errors: list[LayerError], point: Point) -> None:
         float_nodes={**given, **floats},
     )
     run.plan, run.policy = make_plan(run.graph, run.target, policy), policy
+
+
+def plan_to_edit(run: Run) -> Plan:
+    """Return the plan with the bits that were found, of the graph that `--plan` will meet.
+
+    Migrated scales, norms made static and ops that were bought come behind it in every run, and add
+    nodes that a plan file cannot know.
+
+    Args:
+        run: with `--mixed`, as it is when all is done: repairs may have left more in float.
+    """
+    assert run.planned is not None
+    graph, policy = run.planned
+    there = {node.name for node in graph.nodes}
+    policy = replace(
+        policy,
+        node_bits={name: own for name, own in run.policy.node_bits.items() if name in there},
+        float_nodes={name: why for name, why in run.policy.float_nodes.items() if name in there},
+    )
+    return make_plan(graph, run.target, policy)
 
 
 def search(run: Run, held: Sequence[Feeds]) -> None:

@@ -96,6 +96,8 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         run.notes += broken_notes(run.plan)
         if run.options.activation_scales:
             _freeze_scales(run, Path(run.options.activation_scales))
+    if run.options.mixed:
+        run.planned = run.graph, run.policy
     return run.graph
 
 

@@ -69,6 +69,7 @@ class Run:
     known: str = ""  # what stands for its content, where that is not its fingerprint
     passes: list[PassReport] = field(default_factory=list)
     plan: Plan | None = None
+    planned: tuple[Graph, Policy] | None = None  # with --mixed: what plan files are made for
     stats: dict[str, TensorStats] = field(default_factory=dict)
     method: str = ""  # range method that won the trial
     output_ranges: GivenRanges = field(default_factory=dict)  # what it stands on, if it was those

@@ -220,6 +220,21 @@ def test_on_by_default_and_off_when_asked(saved, tmp_path):
     assert on.engines[0].sqnr_db > off.engines[0].sqnr_db + 3.0
 
 
+def test_the_plan_of_a_search_for_bits_is_that_of_the_model_as_it_was(saved, tmp_path):
+    """A bought Mul is no node of the graph that a plan file meets."""
+    model, data = saved
+    options = {"engines": ("ort",), "repair": False, "jobs": 1, "compensate": "none"}
+    found = qpass.optimize(
+        model, data=data, output=tmp_path / "found.onnx", mixed=True, min_sqnr=20.0, **options
+    )
+    assert any(note.startswith("added at run time: Mul") for note in found.notes)
+    again = qpass.optimize(
+        model, data=data, output=tmp_path / "a.onnx", plan=found.mixed.plan, **options
+    )
+    assert any(note.startswith("added at run time: Mul") for note in again.notes)
+    assert again.engines[0].sqnr_db == found.engines[0].sqnr_db
+
+
 def test_statistics_of_a_file_belong_to_the_model_as_it_is(saved, tmp_path):
     model, data = saved
     stats = qpass.calibrate(model, data=data, output=tmp_path / "s.npz", target="ort-x86")
