@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qpass.calibrate.observers import TensorStats
 from qpass.calibrate.ranges import RangeChoice, solve_range
 from qpass.errors import InternalError, RecipeError
-from qpass.graph import Graph, array_of
+from qpass.graph import Constant, Graph, array_of
 from qpass.matching import channel_axis
 from qpass.options import WeightRange
 from qpass.plan import Decision, Plan
@@ -21,6 +21,7 @@ from qpass.weight_windows import has_windows, parts_of, solve_windows
 
 Array = NDArray[Any]
 
+BIASED: Final = ("Conv", "ConvTranspose", "Gemm")  # their third input is a bias
 # int32 biases keep a factor of two to the end of the range: the accumulator needs room as well.
 BIAS_LIMIT: Final = 2.0**30
 # Weight ranges that `mse` tries, as shares of the largest magnitude.
@@ -73,7 +74,7 @@ def importance(graph: Graph, decision: Decision) -> Array | None:
         if index != 0 or node.op not in ("Conv", "Gemm", "MatMul"):
             continue
         weight = node.inputs[1]
-        if weight.inputs or not hasattr(weight, "_values") or len(weight.shape) < 2:
+        if not isinstance(weight, Constant) or len(weight.shape) < 2:
             continue
         rank = len(tensor.shape or weight.shape)
         if decision.channel_axis is None or (channel_axis(node) - decision.channel_axis) % rank:
@@ -354,17 +355,19 @@ def _leave_room_for_biases(graph: Graph, plan: Plan, qparams: dict[str, QParams]
     }
     resident = {d.tensor: d.key for d in plan.activations() if d.edges is None}
     for node in graph.nodes:
-        if node.op not in ("Conv", "Gemm") or len(node.inputs) < 3 or not node.inputs[2].name:
+        if node.op not in BIASED or len(node.inputs) < 3 or not node.inputs[2].name:
             continue
         weight_key = inputs.get((node.name, 1))
         input_key = inputs.get((node.name, 0), resident.get(node.inputs[0].name))
         bias = node.inputs[2]
-        if weight_key is None or input_key is None or not hasattr(bias, "_values"):
+        if weight_key is None or input_key is None or not isinstance(bias, Constant):
             continue
         weight, x_scale = qparams[weight_key], float(qparams[input_key].scale)
         floor = np.abs(array_of(bias).astype(np.float64)) / (x_scale * BIAS_LIMIT)
         if weight.scale.ndim == 0:
             floor = np.asarray(floor.max(initial=0.0))
+        elif node.op == "ConvTranspose":  # its groups share the scales of their output channels
+            floor = floor.reshape(-1, len(weight.scale)).max(axis=0)
         scale = np.maximum(weight.scale, np.nextafter(floor.astype(np.float32), np.float32(np.inf)))
         if weight.scale.shape == scale.shape and (scale > weight.scale).any():
             qparams[weight_key] = replace(weight, scale=scale)

@@ -128,6 +128,29 @@ def test_importance_of_gemm(transposed: int) -> None:
     np.testing.assert_allclose(found, np.square(w.astype(np.float64)).sum(axis=1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weight_scale_of_a_transposed_convolution_leaves_room_for_the_bias(groups: int) -> None:
+    """Channel 2 of each group has tiny weights, that of the last group a large bias as well."""
+    w = RANDOM.standard_normal((32, 32 // groups, 2, 2)).astype(np.float32)
+    w[:, 2] *= 1e-9
+    b = np.zeros(32, np.float32)
+    b[32 - 32 // groups + 2] = 1e3
+    text = f"""<ir_version: 10, opset_import: ["": 21]>
+    g (float[1,32,4,4] x) => (float[1,32,5,5] y) {{
+      [up] y = ConvTranspose<group = {groups}>(x, w, b)
+    }}"""
+    graph = Graph.from_text(text, w=w, b=b)
+    graph.infer_shapes()
+    policy = replace(W8A8, ranges=dict.fromkeys(("x", "y"), (-2.0, 6.0)))
+    plan = make_plan(graph, TARGETS["tensorrt"], policy)
+    table = choose_qtable(graph, plan, {})
+    (weight,) = (table.qparams[d.key] for d in plan.weights() if d.kind == "weight")
+    step = float(table.qparams["x"].scale) * np.atleast_1d(weight.scale.astype(np.float64))
+    places = np.arange(32) % len(step)
+    assert (np.abs(b) / step[places] <= BIAS_LIMIT).all()
+    assert (np.abs(b) / step[places]).max() > 0.999 * BIAS_LIMIT
+
+
 def test_weight_scale_leaves_room_for_the_bias() -> None:
     """Without it b / (x_scale * w_scale) is 1e3 / (8/255 * 1e-9/127) = 4e15, far beyond int32."""
     graph = linear(bias=1e3, small=1e-9)
