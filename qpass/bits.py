@@ -69,6 +69,11 @@ def _is_layer(node: Node) -> bool:
     return is_weighted(node) or is_lookup(node) or node.op in RECURRENT
 
 
+def tied_heads(graph: Graph, ends: Mapping[str, End]) -> dict[str, str]:
+    """Return the embeddings whose table is the weight of a head, with the name of the head."""
+    return tied_tables(graph, {name for name, end in ends.items() if end == "head"})
+
+
 def bits_of_nodes(graph: Graph, policy: Policy, target: Target) -> dict[str, NodeBits]:
     """Return the precision of every node, by name; it matters for linear ops and embeddings.
 
@@ -80,14 +85,14 @@ def bits_of_nodes(graph: Graph, policy: Policy, target: Target) -> dict[str, Nod
     ends: Mapping[str, End] = stem_and_head(graph) if low else {}
     tied: Mapping[str, str] = {}
     if low and policy.precision.activation is None:
-        tied = tied_tables(graph, {name for name, end in ends.items() if end == "head"})
+        tied = {**tied_heads(graph, ends), **policy.tied}
     found: dict[str, NodeBits] = {}
     for node in graph.nodes:
         usual = NodeBits(precision=policy.precision)
         if node.name in ends:
             reason = f"{ends[node.name]} of the model: {EDGE_BITS} bits (--low-bit-edges: fewer)"
             usual = NodeBits(precision=raised(policy.precision), reason=reason)
-        elif node.name in tied:
+        elif ends.get(tied.get(node.name, "")) == "head":
             reason = f"tied to the head {tied[node.name]}: {EDGE_BITS} bits as the head"
             usual = NodeBits(precision=raised(policy.precision), reason=reason)
         usual = _at_least(usual, node, target)

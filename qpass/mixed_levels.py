@@ -53,7 +53,8 @@ def levels_of(run: Run) -> dict[str, list[Precision | None]]:
     weighted = {node.name for node in run.graph.nodes if is_weighted(node)}
     tables: set[str] = set()
     if run.options.mixed_cost == "size":
-        tables = embeddings(run.graph).keys() - tied_tables(run.graph, weighted).keys()
+        tied = {**tied_tables(run.graph, weighted), **run.policy.tied}
+        tables = embeddings(run.graph).keys() - tied.keys()
     found: dict[str, list[Precision | None]] = {}
     for node in run.graph.nodes:
         bits = planned[node.name].bits

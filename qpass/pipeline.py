@@ -1,16 +1,18 @@
-"""The whole job: load, normalize, plan, calibrate, quantize, verify, repair, write, report."""
+"""The steps that make the graph: load, normalize, rewrite, plan, then quantize and compensate."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from qpass.bits import stem_and_head, tied_heads
 from qpass.block_stage import build_compensated
 from qpass.calibrate import (
     Samples,
@@ -38,7 +40,7 @@ from qpass.passes.rounding.gradient import check_torch
 from qpass.passes.static_norm import Batches, replace_norms
 from qpass.passes.tune import tune
 from qpass.passes.weight_only import straighten_gemms
-from qpass.plan import Plan
+from qpass.plan import Plan, read_plan
 from qpass.plan_edits import edited_policy
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
@@ -75,6 +77,7 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
     with run.stages.stage("normalize"):
         report = normalize(run.graph)
     run.passes.append(timed(report, run.stages.seconds["normalize"]))
+    run.policy = replace(run.policy, tied=tied_heads(run.graph, stem_and_head(run.graph)))
     with run.stages.stage("norms"):
         run.passes += rewrite_norms(
             run.graph,
@@ -85,10 +88,10 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         )
         if run.options.rotate != "none" and not run.options.activation_scales:
             _balance(run, run.graph)
-    if run.policy.precision.activation is None and run.target.straight_gemms:
-        run.passes.append(straighten_gemms(run.graph))
+    if run.target.straight_gemms and (names := _weights_alone(run, run.graph)):
+        _move_values(run, run.graph, partial(straighten_gemms, names=names))
     if for_target and _patches_as_products(run):
-        _rewrite_patches(run, run.graph)
+        _move_values(run, run.graph, patches_to_matmul)
     with run.stages.stage("plan"):
         if run.options.plan:
             run.policy = edited_policy(run, Path(run.options.plan))
@@ -103,15 +106,23 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
 
 def _balance(run: Run, graph: Graph) -> None:
     """Balance streams, and keep what their statistics are known by."""
-    before = graph.fingerprint() if _is_rewritten(run) else ""
+    before = graph.fingerprint() if run.is_rewritten else ""
     report = balance_streams(graph, run.options.seed)
     run.passes.append(report)
     if report.changed:
         run.known = f"{before}-balanced-{run.options.seed}"
 
 
-def _is_rewritten(run: Run) -> bool:
-    return any(report.changed for report in run.passes if report.name != "normalize")
+def _weights_alone(run: Run, graph: Graph) -> set[str]:
+    """Return the Gemms that keep float activations, by the user's options or a plan file."""
+    in_file = read_plan(Path(run.options.plan)).node_bits if run.options.plan else {}
+    found: set[str] = set()
+    for node in graph.nodes:
+        own = run.policy.own_bits(node.name)
+        bits = own[0] if own else in_file.get(node.name, run.policy.precision)
+        if node.op == "Gemm" and bits.activation is None:
+            found.add(node.name)
+    return found
 
 
 def _patches_as_products(run: Run) -> bool:
@@ -123,10 +134,10 @@ def _patches_as_products(run: Run) -> bool:
     return static and not run.options.activation_scales and run.target.rounds_convolutions
 
 
-def _rewrite_patches(run: Run, graph: Graph) -> None:
-    """Rewrite patch embeddings, and keep what statistics of other rewrites are known by."""
-    before = graph.copy() if _is_rewritten(run) and not run.known else None
-    report = patches_to_matmul(graph)
+def _move_values(run: Run, graph: Graph, rewrite: Callable[[Graph], PassReport]) -> None:
+    """Rewrite without changing a value, and keep what statistics of other rewrites are known by."""
+    before = graph.copy() if run.is_rewritten and not run.known else None
+    report = rewrite(graph)
     run.passes.append(report)
     if report.changed and before is not None:
         run.known = before.fingerprint()

@@ -94,8 +94,8 @@ class _Planner:
             rule = self.rules.get(id(node))
             if rule is not None and rule.role == "linear":
                 self._take_linear(node, rule)
+        self._take_embeddings()
         if self.policy.precision.activation is None:
-            self._take_embeddings()
             for node in self.graph.nodes:
                 if id(node) not in self.precision:
                     self.reasons.setdefault(id(node), "weights only: activations stay float")
@@ -158,14 +158,15 @@ class _Planner:
 
     def _take_embeddings(self) -> None:
         for node in embeddings(self.graph).values():
-            if self.target.weight_rule_for(node.op) is None:
+            bits = self.bits[node.name]
+            alone = bits.precision.activation is None
+            if not alone or self.target.weight_rule_for(node.op) is None:
                 continue
             because = f"rule {self.target.name}/{node.op}"
             kept, table = self.policy.reason_to_keep(node.name), node.inputs[0]
             if kept is not None or not np.isfinite(array_of(table)).all():
                 self.reasons[id(node)] = kept or f"{because}: {NOT_FINITE}"
                 continue
-            bits = self.bits[node.name]
             own = embedding(node, table, self.target, self.policy, bits.precision.weight)
             self.constants.add(
                 node, 0, table, own.spec, "weight", f"rows of {node.name}", shared=False

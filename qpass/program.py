@@ -68,7 +68,9 @@ class Policy:
     an exact name comes before patterns, an earlier pattern before a later one. `low_bit_edges` lets
     stem and head go below 8 bits (see `qpass.bits`). `block_size` and `asymmetric_weights` concern
     weights behind float activations: how many rows share a scale (None: 32 below 8 bits, all rows
-    at 8), and whether a block has a zero point of its own.
+    at 8), and whether a block has a zero point of its own. `tied` are embeddings that read the
+    weight of a head in the model as it came, with the name of the head: rewrites may turn each of
+    the two its own way.
     """
 
     precision: Precision
@@ -80,6 +82,7 @@ class Policy:
     low_bit_edges: bool = False
     block_size: int | None = None
     asymmetric_weights: bool = False
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise RecipeError where a node wants integer activations and the run has none."""

@@ -23,6 +23,7 @@ from qpass.passes.compensate_blocks import BlockCompensation
 from qpass.passes.compensation import Compensation
 from qpass.passes.patch_matmul import NAME as PATCHES
 from qpass.passes.round_weights import Rounding
+from qpass.passes.weight_only import STRAIGHT
 from qpass.plan import Plan
 from qpass.program import Policy, Precision, Progress
 from qpass.report.model import EngineReport, LayerReport, MixedReport, PassReport, RuntimeCost
@@ -31,6 +32,8 @@ from qpass.targets import Target, load_target
 from qpass.verify.session import SESSION_KEY, TARGET_KEY, entries_for
 from qpass.version import __version__
 
+# Passes that leave every activation as it is.
+SAME_VALUES: Final = ("normalize", PATCHES, STRAIGHT)
 SCALED_KEY: Final = "qpass.scaled"  # in the metadata of a result
 
 
@@ -46,13 +49,13 @@ def sha256_of(path: Path) -> str:
 def model_key(run: Run) -> str:
     """Return what the statistics of a run belong to: the file, and what was rewritten in it.
 
-    Patch embeddings are rewritten by moving values: statistics stay what they are. Balanced streams
+    Patch embeddings are rewritten by moving values, and weights of Gemm are transposed: statistics
+    stay what they are. Balanced streams
     are known by the graph that they were balanced in: products of matrices differ in the last digit
     between CPUs, and one machine may gather statistics for another.
     """
     assert run.graph is not None
-    rewritten = any(p.changed for p in run.passes if p.name not in ("normalize", PATCHES))
-    content = run.known or (run.graph.fingerprint() if rewritten else "")
+    content = run.known or (run.graph.fingerprint() if run.is_rewritten else "")
     return sha256_of(run.source) + (f"-{content}" if content else "")
 
 
@@ -96,6 +99,11 @@ class Run:
     forward_seconds: float = 0.0
     samples: int = 0
     fingerprint: str = ""
+
+    @property
+    def is_rewritten(self) -> bool:
+        """True where a pass has changed what activations hold."""
+        return any(report.changed for report in self.passes if report.name not in SAME_VALUES)
 
     @property
     def precision(self) -> Precision:

@@ -365,7 +365,7 @@ def test_gemm_is_turned_so_that_it_fuses(tmp_path: Path) -> None:
     assert "takes no transposed weight" in nodes(plan)["t"].because
     feeds = {"x": matrix(4, 64, 9)}
     before = run(graph.to_model(), feeds)["y"]
-    assert straighten_gemms(graph).changed == 2
+    assert straighten_gemms(graph, {node.name for node in graph.nodes}).changed == 2
     np.testing.assert_allclose(run(graph.to_model(), feeds)["y"], before, rtol=1e-4, atol=1e-3)
     assert counts(saved(built(graph, low_bit_edges=True), tmp_path))["MatMulNBits"] == 2
 
@@ -374,7 +374,7 @@ def test_computed_weights_of_gemm_stay_turned() -> None:
     graph = from_text(
         f"{HEAD} g (float[4,8] x) => (float[4,4] y) {{ y = Gemm <transB = 1> (x, x) }}"
     )
-    report = straighten_gemms(graph)
+    report = straighten_gemms(graph, {node.name for node in graph.nodes})
     assert (report.changed, [r.reason for r in report.refusals]) == (0, ["its weight is computed"])
 
 

@@ -2,11 +2,12 @@
 
 What it does
     Relu and Clip behind a Gemm or MatMul with integer weights or inputs become Max and Min. Those
-    whose work a Q does stay: its range begins at zero, and the engine drops them.
+    behind integers whose work a Q does stay: its range begins at zero, and the engine drops them.
 Why it is needed
     onnxruntime 1.31 takes a Relu or Clip with one reader for the end of a group with a Q behind it.
     Where there is none, or one that reaches below zero, no kernel is found for the group, and the
-    product in front stays a float Gemm or MatMul behind DequantizeLinear.
+    product in front stays a float Gemm or MatMul behind DequantizeLinear. Behind a product of float
+    activations with integer weights they hide it from MatMulNBits, whatever follows.
 Why it is correct
     ``Relu(x)`` is ``max(x, 0)``, and Clip a Max and a Min.
 Preconditions
@@ -34,10 +35,16 @@ def part_activations(graph: Graph) -> PassReport:
             readers = graph.consumers(readers[0][0].outputs[0])
         if len(readers) != 1 or readers[0][0].op not in ("Relu", "Clip"):
             continue
-        if not _is_saturation(graph, readers[0][0]):
+        if not (_reads_integers(graph, node) and _is_saturation(graph, readers[0][0])):
             _as_max_and_min(graph, readers[0][0])
             changed += 1
     return PassReport(name="part_activations", changed=changed)
+
+
+def _reads_integers(graph: Graph, node: Node) -> bool:
+    """True where the activations of a product are integers, too: the engine makes one op of it."""
+    maker = graph.producer(node.inputs[0])
+    return maker is not None and maker.op == "DequantizeLinear"
 
 
 def _is_saturation(graph: Graph, node: Node) -> bool:

@@ -15,6 +15,7 @@ Preconditions
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
@@ -23,16 +24,17 @@ from onnx import TensorProto
 from qpass.graph import Constant, Graph, array_of
 from qpass.report.model import PassReport, Refusal
 
+STRAIGHT: Final = "straighten_gemms"
 CONTRIBUTED: Final = "com.microsoft"
 FLOAT: Final = int(TensorProto.FLOAT)
 
 
-def straighten_gemms(graph: Graph) -> PassReport:
-    """Store the weights of Gemm as the kernels read them: [K, N], transB = 0."""
+def straighten_gemms(graph: Graph, names: Collection[str]) -> PassReport:
+    """Store the weights of Gemms, by name, as the kernels read them: [K, N], transB = 0."""
     changed, refusals = 0, []
     straight: dict[str, Constant] = {}  # by name of the old weight: one copy for all its readers
     for node in graph.nodes:
-        if node.op != "Gemm" or not node.attrs.get("transB", 0):
+        if node.name not in names or node.op != "Gemm" or not node.attrs.get("transB", 0):
             continue
         weight = node.inputs[1]
         if not isinstance(weight, Constant):
@@ -46,7 +48,7 @@ def straighten_gemms(graph: Graph) -> PassReport:
         node.attrs["transB"] = 0
         changed += 1
     graph.remove_unused()
-    return PassReport(name="straighten_gemms", changed=changed, refusals=tuple(refusals))
+    return PassReport(name=STRAIGHT, changed=changed, refusals=tuple(refusals))
 
 
 def gather_blocks(graph: Graph) -> PassReport:
