@@ -83,7 +83,24 @@ def open_data(run: Run, data: Any) -> tuple[Samples, Samples]:
             f"weights are rounded to nearest (--round {run.options.round}), which looks at no "
             "samples; --round gptq or unit rounds by what the layers make of them"
         )
-    return split(samples, run.options.samples, run.options.holdout)
+    calibration, holdout = split(samples, run.options.samples, run.options.holdout)
+    if run.options.stats and run.options.holdout:
+        run.notes += _seen_notes(Path(run.options.stats), samples, calibration)
+    return calibration, holdout
+
+
+def _seen_notes(path: Path, samples: Samples, calibration: Samples) -> list[str]:
+    """Say where the statistics of a file are also those of samples that are held out."""
+    _, meta = load_stats(path)
+    count = int(meta.get("samples", 0))
+    if count <= calibration.count:
+        return []
+    if samples.view(0, count).fingerprint() != meta.get("samples_sha256"):
+        return []
+    return [
+        f"the ranges of {path.name} have seen the samples of the verification: calibrate with "
+        f"--samples {calibration.count}, or give other samples here"
+    ]
 
 
 def held_out_samples(calibration: Samples, holdout: Samples) -> tuple[list[Any], str]:

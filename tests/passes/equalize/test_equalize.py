@@ -243,6 +243,16 @@ def test_statistics_of_a_file_belong_to_the_model_as_it_is(saved, tmp_path):
     )
     assert any("not migrated" in note for note in report.notes)
     assert "equalize" not in {p.name for p in report.passes}
+    # The file is of all samples, also of those that are held out here.
+    assert any("have seen the samples of the verification" in note for note in report.notes)
+    fewer = qpass.calibrate(
+        model, data=data, output=tmp_path / "f.npz", target="ort-x86", samples=40
+    )
+    report = qpass.optimize(
+        model, data=data, output=tmp_path / "f.onnx", stats=str(fewer), engines=("ort",), jobs=1,
+        samples=40,
+    )  # fmt: skip
+    assert not any("have seen" in note for note in report.notes)
 
 
 def test_few_samples_are_said_to_be_too_few(saved, tmp_path):
