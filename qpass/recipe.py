@@ -54,7 +54,7 @@ class _Recipe(Options):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe; keys are the long option names with `-` or `_`.
+    """Read a recipe; keys are the long option names with `-` or `_`, and `engines` for `--engine`.
 
     Raises:
         RecipeError: no TOML, an unknown key, a key that is there twice, or a value of the wrong
@@ -67,6 +67,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for key, value in data.items():
         name = key.replace("-", "_")
+        name = "engines" if name == "engine" else name  # several on the command line, too
         if name in keys:
             raise RecipeError(
                 f"the recipe has {name.replace('_', '-')} and {name}, which is one option",
