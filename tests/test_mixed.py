@@ -88,6 +88,7 @@ def test_the_smallest_plan_that_was_measured_to_meet_the_budget(model: Path) -> 
     report, found = mixed(model, min_sqnr=wanted)
     assert report.ok
     assert found.met
+    assert sum(report.cost.seconds_by_stage.values()) <= report.cost.seconds_total
     assert report.engines[0].sqnr_db >= wanted
     sizes = [stored_bytes(r.output) for r in (low, report, high)]
     assert sizes[0] < sizes[1] < sizes[2]
