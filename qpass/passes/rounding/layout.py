@@ -192,7 +192,7 @@ def layout_of(node: Node) -> Layout | str:
             auto_pad=str(node.attrs.get("auto_pad", "NOTSET")),
         )
     if node.op not in ("Gemm", "MatMul"):
-        return f"the columns of {node.op} are not independent: rounded to nearest"
+        return f"no rows of inputs are made for {node.op}: rounded to nearest"
     if len(shape) != 2:
         return f"its weight has {len(shape)} dimensions: rounded to nearest"
     if node.op == "Gemm" and (node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0):

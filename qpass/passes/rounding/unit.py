@@ -67,6 +67,8 @@ def sweep_back(
             reason = _sweep(stream, layer, layers[-1], first_held)
             if reason:
                 yield layer.name, f"sweep: {reason}"
+        else:
+            yield layer.name, f"sweep: {layers[-1].name} does not read its elements each by itself"
 
 
 def _sweep(stream: Stream, layer: Layer, last: Layer, first_held: int) -> str:
