@@ -26,7 +26,8 @@ from rich.progress import (
 
 from qpass import api
 from qpass.calibrate import merge_stats, missing_shards, save_stats
-from qpass.errors import QpassError, RecipeError, UserError
+from qpass.cli_options import parse_engines, parse_shard, plan_options, samples_options
+from qpass.errors import QpassError, UserError
 from qpass.files import check_folder, write_text
 from qpass.inspect import inspect_model
 from qpass.lint import lint as lint_model
@@ -87,45 +88,6 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """Parse `I/N`."""
-    if text is None:
-        return 0, 1
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"--shard {text!r} is not I/N", fix="write 0/4, 1/4, 2/4 or 3/4 for four")
-    return int(index), int(count)
-
-
-def parse_engines(text: str | None) -> tuple[str, ...] | None:
-    """Parse `ort,openvino`."""
-    if text is None:
-        return None
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise RecipeError(f"--engine {text!r} has an empty name", fix="write ort,openvino")
-    return names
-
-
-def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where samples come from."""
-    for option in (
-        click.option("--seed", type=int, help="Seed of everything random (default 0)."),
-        click.option("--jobs", type=int, help="Threads of the engine; 0: all cores."),
-        click.option("--memory", help="Memory budget, such as 2GiB (default)."),
-        click.option("--batch-size", type=int, help="Samples per run of the model (default 4)."),
-        click.option("--samples", type=int, help="Calibration samples to use (default 128)."),
-        click.option("--preprocess", help="For images: imagenet, or a TOML file."),
-        click.option(
-            "--data",
-            metavar="SRC",
-            help="npz, folder of npy/npz, ONNX test data, images, module:callable, or random.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @main.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", type=PATH, help="Result (default: MODEL.int8.onnx beside it).")
@@ -178,27 +140,11 @@ def samples_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=int,
     help="Steps that learn gains and offsets by gradients (default: 300 with adaround, else 0).",
 )
-@click.option(
-    "--unified-norm",
-    type=click.Choice(["auto", "off"]),
-    help="Fold Unified Normalization and other channel gains into linear ops (default auto).",
-)
-@click.option(
-    "--rotate",
-    type=click.Choice(["auto", "none", "heads", "stream", "all"]),
-    help="Spread outliers: rotate attention heads, the residual stream, or both (default auto: "
-    "only what lies between linear ops, where weights round better for it).",
-)
-@click.option("--rms-norm/--no-rms-norm", default=None, help="LayerNorm becomes RMSNorm.")
+@plan_options
 @click.option("--static-norm", type=float, metavar="R2", help="LayerNorm becomes affine above R2.")
 @click.option(
     "--equalize/--no-equalize", default=None, help="Migrate scales; may buy ops (default: on)."
 )
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
-@click.option("--bits", multiple=True, metavar="PATTERN=wNaM", help="Precision of single nodes.")
-@click.option("--block-size", type=int, help="Weights only: rows with one scale (default 32).")
-@click.option("--asymmetric-weights", is_flag=True, default=None, help="Weights only: zero points.")
-@click.option("--low-bit-edges", is_flag=True, default=None, help="Stem and head below 8 bits too.")
 @click.option("--mixed", is_flag=True, default=None, help="Bits by layer, to meet the gates.")
 @click.option(
     "--mixed-cost",
@@ -280,11 +226,7 @@ def merge(stats: tuple[Path, ...], output: Path) -> None:
     default="static",
     help="Ranges of activations: from samples, or at run time.",
 )
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Nodes that stay float.")
-@click.option("--bits", multiple=True, metavar="PATTERN=wNaM", help="Precision of single nodes.")
-@click.option("--block-size", type=int, help="Weights only: rows with one scale (default 32).")
-@click.option("--asymmetric-weights", is_flag=True, default=None, help="Weights only: zero points.")
-@click.option("--low-bit-edges", is_flag=True, default=None, help="Stem and head below 8 bits too.")
+@plan_options
 @click.option("-o", "--output", type=PATH, help="Write the plan as JSON, to be edited.")
 def plan(model: Path, output: Path | None, **options: Any) -> None:
     """Show what would become of each node of MODEL, and why."""
