@@ -134,7 +134,7 @@ def aim_notes(run: Run, held: Sequence[Mapping[str, Any]]) -> list[str]:
     fitted = options.round in ROUND_WITH_DATA or options.compensate != "none" or options.tune_steps
     aims = "weights were fitted to" if fitted and run.batches else "compared with"
     return [
-        f"{aims} the network with float weights and the {quantizers} activation quantizers of "
+        f"{aims} the network with float weights and the activation quantizers ({quantizers}) of "
         f"--activation-scales: {close:.1f} dB against it on the samples of the verification"
     ]
 

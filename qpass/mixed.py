@@ -1,8 +1,8 @@
 """Spend bits where they matter: the cheapest plan that meets a budget of accuracy.
 
-Every layer has levels: the precision of the run, 8 bits, and float (products of activations: not
-float). One pass over a few samples
-says what each level of each layer costs at the outputs (`qpass.sensitivity`), a knapsack says which
+Every layer has levels (`qpass.mixed_levels`): the precision of the run, the same with activations
+of 8 bits, 8 bits, and float (products of activations: not float). One pass over a few samples says
+what each level of each layer costs at the outputs (`qpass.sensitivity`), a knapsack says which
 combinations are worth having at each cost (`qpass.knapsack`), and the cheapest of them that meets
 the budget is found by building and measuring it. The estimate only says where to look: the sum of
 powers is off where errors are large, so the accuracy of the answer is always a measured one.

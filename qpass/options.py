@@ -195,8 +195,10 @@ class Options:
         """
         precision = Precision.parse(self.precision)
         activation = precision.activation
-        Policy(precision=precision, node_bits=parse_node_bits(self.bits))  # says what contradicts
-        if activation is not None and (self.block_size or self.asymmetric_weights):
+        node_bits = parse_node_bits(self.bits)
+        Policy(precision=precision, node_bits=node_bits)  # says what contradicts
+        alone = any(own.activation is None for own in (precision, *node_bits.values()))
+        if not alone and (self.block_size or self.asymmetric_weights):
             name = "--block-size" if self.block_size else "--asymmetric-weights"
             raise RecipeError(
                 f"{name} is for weights alone, and --precision {self.precision} has activations of "

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from qpass.calibrate import TensorStats
 from qpass.calibrate.ranges import RangeChoice, rated_range
 from qpass.choose import WIDE_BITS
-from qpass.graph import Graph, Node
+from qpass.graph import Constant, Graph, Node
 from qpass.passes.equalize.linear import rows_sum_to_one
 from qpass.passes.equalize.linear_error import (
     TINY,
@@ -142,7 +142,7 @@ def _places(graph: Graph, plan: Plan) -> Iterator[_Place]:
 
 def _is_product(node: Node) -> bool:
     left, right = node.inputs[:2]
-    activations = not any(hasattr(tensor, "_values") for tensor in (left, right))
+    activations = not any(isinstance(tensor, Constant) for tensor in (left, right))
     ranks = [None if t.shape is None else len(t.shape) for t in (left, right)]
     return node.op == "MatMul" and activations and left is not right and ranks[0] == ranks[1]
 

@@ -256,8 +256,9 @@ def _zero_points(run: Run) -> tuple[str, ...]:
     if not few:
         return ()
     return (
-        f"{len(few)} weights of at most {max(few)} bits have zero points, which {run.target.name} "
-        "computes in float; for hardware that wants symmetric weights choose its own target",
+        f"weights of at most {max(few)} bits have zero points ({len(few)} of them), which "
+        f"{run.target.name} computes in float; for hardware that wants symmetric weights choose its "
+        "own target",
     )
 
 

@@ -7,8 +7,9 @@ What it does
     ``auto`` is gptq behind a refit of the float weight to the quantized input (see `_refits`); with
     less effort, and no refit, where all weights and inputs have many levels (see `QUICK`);
     ``erq`` refits the float weight to the quantized input, then rounds by halves;
-    ``unit`` refits every layer of a basic unit, the last one of a branch towards the float sum
-    minus the quantized skip, rounds it as gptq does, and sweeps back over the unit;
+    ``unit`` refits the layers of a basic unit that have rows enough, the last one of a branch
+    towards the float sum minus the quantized skip, rounds each as gptq does, and sweeps back over
+    the layers whose elements the last one reads;
     ``adaround`` goes on where ``unit`` ends: it learns the roundings of the unit by gradients, and
     scales of channels and steps of activations with few levels along with them.
     Where a sample has one row that the outputs see, all but adaround round channels together, by

@@ -160,7 +160,7 @@ def _refine(
 
 
 def _energy(factor: Factor, error: Array) -> Array:
-    """Return ``|L^T e|^2`` [groups, outputs]: half of what ``e^T H e`` takes."""
+    """Return ``e^T H e`` [groups, outputs] as ``|L^T e|^2``, which is half of the work."""
     error = np.take_along_axis(error, factor.order[:, :, None], axis=1)
     total = np.zeros((len(error), error.shape[2]))
     for begin in range(0, error.shape[1], PANEL):
