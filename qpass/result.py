@@ -257,8 +257,8 @@ def _zero_points(run: Run) -> tuple[str, ...]:
         return ()
     return (
         f"weights of at most {max(few)} bits have zero points ({len(few)} of them), which "
-        f"{run.target.name} computes in float; for hardware that wants symmetric weights choose its "
-        "own target",
+        f"{run.target.name} computes in float; hardware that wants symmetric weights has targets "
+        "of its own",
     )
 
 
