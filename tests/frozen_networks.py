@@ -20,7 +20,7 @@ from qpass.targets import Target
 from qpass.weights_float import weights_float
 from tests.planning import ORT
 from tests.rounded import numbers_of
-from tests.small_models import Array, Feeds, feeds_of, policy_of, run
+from tests.small_models import Array, Feeds, feeds_of, policy_of, run_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def coarse_ranges(
     leader = {d.tensor: leaders[d.group] for d in plan.activations() if d.group}
     specs = {d.tensor: d.spec for d in wide_first}
     model = reference.to_model(taps=list(specs))
-    seen = [run(model, one) for one in feeds]
+    seen = run_each(model, feeds)
     ranges = {}
     for name, spec in specs.items():
         values = np.concatenate(
@@ -99,8 +99,8 @@ def with_float_weights(case: Frozen) -> Graph:
 
 def outputs(graph: Graph, feeds: Sequence[Feeds]) -> Array:
     """Return the first output for all batches, as the file says."""
-    model, name = graph.to_model(), graph.outputs[0].name
-    return np.concatenate([run(model, one)[name] for one in feeds])
+    name = graph.outputs[0].name
+    return np.concatenate([found[name] for found in run_each(graph.to_model(), feeds)])
 
 
 def on_the_grid(reference: Graph, precision: str, target: Target = ORT) -> Graph:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from qpass.graph import Graph
-from tests.small_models import Array, Feeds, from_text, run, weights
+from tests.small_models import Array, Feeds, from_text, run_each, weights
 
 METHODS = ("qwt", "nbc")
 
@@ -51,4 +51,4 @@ def batches_of(graph: Graph, count: int = 8, samples: int = 4, seed: int = 3) ->
 
 def outputs(graph: Graph | onnx.ModelProto, batches: list[Feeds]) -> Array:
     model = graph.to_model() if isinstance(graph, Graph) else graph
-    return np.concatenate([next(iter(run(model, feeds).values())) for feeds in batches])
+    return np.concatenate([next(iter(found.values())) for found in run_each(model, batches)])

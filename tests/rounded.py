@@ -1,8 +1,13 @@
-"""Graphs after `insert_qdq`, biases still float: what rounding and compensation work on."""
+"""Graphs after `insert_qdq`, biases still float: what rounding and compensation work on.
+
+And how close such a graph is to the float one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+import numpy as np
 
 from qpass.choose import QTable
 from qpass.graph import Graph
@@ -11,7 +16,8 @@ from qpass.plan import Plan
 from qpass.planner import plan as make_plan
 from qpass.qparams import QParams
 from qpass.targets import load_target
-from tests.small_models import feeds_of, minmax, policy_of
+from qpass.verify.metrics import sqnr_db
+from tests.small_models import feeds_of, minmax, policy_of, run_each
 
 
 def quantized_at(
@@ -34,3 +40,13 @@ def numbers_of(plan: Plan, table: QTable) -> Mapping[str, QParams]:
         if decision.kind == "weight"
         for edge in decision.edges or ()
     }
+
+
+def fidelity(reference: Graph, graph: Graph) -> float:
+    """Return the SQNR in dB on samples that nobody has seen."""
+    unseen, name = feeds_of(reference, 24, seed=99), reference.outputs[0].name
+    wanted, got = (
+        np.concatenate([found[name] for found in run_each(one.to_model(), unseen)])
+        for one in (reference, graph)
+    )
+    return sqnr_db(wanted, got)

@@ -175,6 +175,11 @@ def feeds_of(graph: Graph, count: int = 4, seed: int = 11) -> list[dict[str, Arr
 
 def run(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Array]:
     """Run `model` in onnxruntime with every optimization off: what the file says."""
+    return run_each(model, [feeds])[0]
+
+
+def run_each(model: onnx.ModelProto, batches: Sequence[Feeds]) -> list[dict[str, Array]]:
+    """Run all batches in one session: loading a small model takes longer than running it."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -182,7 +187,7 @@ def run(model: onnx.ModelProto, feeds: Feeds) -> dict[str, Array]:
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    return [dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in batches]
 
 
 def minmax(graph: Graph, plan: Plan, feeds: Sequence[Feeds]) -> QTable:
@@ -190,8 +195,8 @@ def minmax(graph: Graph, plan: Plan, feeds: Sequence[Feeds]) -> QTable:
     wanted = [d.tensor for d in plan.activations()]
     model = graph.to_model(taps=wanted)
     ranges: dict[str, list[tuple[float, float]]] = {}
-    for feed in feeds:
-        values = {**feed, **run(model, feed)}
+    for feed, found in zip(feeds, run_each(model, feeds), strict=True):
+        values = {**feed, **found}
         for decision in plan.activations():
             seen = values[decision.tensor]
             if decision.mask_below is not None:
@@ -204,8 +209,8 @@ def minmax(graph: Graph, plan: Plan, feeds: Sequence[Feeds]) -> QTable:
         if decision.kind != "activation":
             low, high = weight_range(array_of(tensors[decision.tensor]), decision.spec)
             return choose_qparams(decision.spec, low, high)
-        found = ranges[decision.group or f"alone: {decision.tensor}"]
-        return choose_qparams(decision.spec, min(r[0] for r in found), max(r[1] for r in found))
+        ends = ranges[decision.group or f"alone: {decision.tensor}"]
+        return choose_qparams(decision.spec, min(r[0] for r in ends), max(r[1] for r in ends))
 
     return QTable(qparams={d.key: numbers(d) for d in plan.decisions}, ranges={})
 

@@ -15,7 +15,7 @@ from qpass.segments import MOST, segments
 from qpass.sensitivity import LayerError, Rounded, measure
 from qpass.units import is_weighted
 from tests.planning import cnn
-from tests.small_models import feeds_of, from_text, residual_cnn, run, transformer
+from tests.small_models import feeds_of, from_text, residual_cnn, run_each, transformer
 
 Array = np.ndarray
 W4, W8 = Precision.parse("w4a8"), Precision.parse("w8a8")
@@ -52,11 +52,11 @@ def true_error(graph: Graph, name: str, bits: int, feeds: list[dict[str, Array]]
     node = other.node(name)
     other.set_input(node, 1, other.constant("r", rounded(array_of(node.inputs[1]), bits)))
     shares = []
+    pairs = list(zip(*(run_each(one.to_model(), feeds) for one in (graph, other)), strict=True))
     for output in graph.outputs:
         error = power = 0.0
-        for sample in feeds:
-            wanted = run(graph.to_model(), sample)[output.name].astype(np.float64)
-            got = run(other.to_model(), sample)[output.name].astype(np.float64)
+        for pair in pairs:
+            wanted, got = (found[output.name].astype(np.float64) for found in pair)
             error, power = error + np.square(got - wanted).sum(), power + np.square(wanted).sum()
         shares.append(error / power)
     return float(np.mean(shares))

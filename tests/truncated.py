@@ -13,10 +13,21 @@ WIDTH = 8
 
 def run(model: onnx.ModelProto | Graph, feeds) -> list[np.ndarray]:
     """Run node by node, as the graph says."""
+    return run_each(model, [feeds])[0]
+
+
+def run_each(model: onnx.ModelProto | Graph, batches) -> list[list[np.ndarray]]:
+    """Run all batches in one session: loading a small model takes longer than running it."""
     model = model.to_model() if isinstance(model, Graph) else model
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    return [session.run(None, feeds) for feeds in batches]
+
+
+def first_outputs(model: onnx.ModelProto | Graph, batches) -> np.ndarray:
+    """Return the first output for all batches."""
+    return np.concatenate([found[0] for found in run_each(model, batches)])
 
 
 def quantized_weight(name: str, weight: np.ndarray, axis: int, *, steps: int = 7, per_channel=True):

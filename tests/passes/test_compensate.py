@@ -13,17 +13,25 @@ from qpass.passes.model_gate import judge
 from qpass.passes.output_range import output_range
 from qpass.stream import Step
 from qpass.verify.metrics import sqnr_db
-from tests.truncated import WIDTH, batches_of, header, mlp, quantized_weight, run
+from tests.truncated import (
+    WIDTH,
+    batches_of,
+    first_outputs,
+    header,
+    mlp,
+    quantized_weight,
+    run_each,
+)
 
 
 def test_it_brings_a_model_closer_on_unseen_samples_without_touching_its_structure():
     reference, quantized = mlp(quantized=False), mlp(quantized=True)
     structure, integers = quantized.to_text(), array_of(quantized.tensors()["w0_int"]).copy()
     unseen = batches_of(4, seed=99)
-    want = np.concatenate([run(reference, feeds)[0] for feeds in unseen])
-    before = sqnr_db(want, np.concatenate([run(quantized, feeds)[0] for feeds in unseen]))
+    want = first_outputs(reference, unseen)
+    before = sqnr_db(want, first_outputs(quantized, unseen))
     result = compensate(reference, quantized, batches_of(8))
-    after = sqnr_db(want, np.concatenate([run(quantized, feeds)[0] for feeds in unseen]))
+    after = sqnr_db(want, first_outputs(quantized, unseen))
     assert result.method == "cwac"
     assert after > before + 6.0
     assert result.verdict.after_db > result.verdict.before_db
@@ -143,7 +151,7 @@ def test_the_verdict_is_that_of_the_judges(apart: bool):
     verdict = compensate(reference, quantized, batches, judges=judges if apart else ()).verdict
     judged = judges if apart else batches[6:]
     want, before, after = (
-        [dict(zip("y", run(graph, feeds), strict=True)) for feeds in judged]
+        [dict(zip("y", found, strict=True)) for found in run_each(graph, judged)]
         for graph in (reference, plain, quantized)
     )
     expected = judge(want, before, after)
@@ -193,10 +201,7 @@ def test_a_residual_branch_aims_at_the_sum(monkeypatch):
         reference, quantized = residual(quantized=False), residual(quantized=True)
         result = compensate(reference, quantized, batches_of(16))
         assert [layer.residual for layer in result.layers] in ([aim_at_sum], [])
-        want, got = (
-            np.concatenate([run(graph, feeds)[0] for feeds in unseen])
-            for graph in (reference, quantized)
-        )
+        want, got = (first_outputs(graph, unseen) for graph in (reference, quantized))
         scores.append(sqnr_db(want, got))
     assert scores[0] > scores[1] + 1.0
 
@@ -221,7 +226,7 @@ def test_the_output_range_follows_and_keeps_its_clipping():
         header(*place, "[fc0] h0 = Gemm (x, w, b) y = Relu (h0)"), w=weight, **bias
     )
     batches = batches_of(8)
-    top = max(float(run(reference, feeds)[0].max()) for feeds in batches)
+    top = float(first_outputs(reference, batches).max())
     quantized = Graph.from_text(
         header(*place, CLIPPED), s=np.float32(top / 255), z=np.uint8(0),
         **quantized_weight("w", weight, 1), **bias,
@@ -233,6 +238,6 @@ def test_the_output_range_follows_and_keeps_its_clipping():
     scales = {float(array_of(node.inputs[1])) for node in (found.quantizer, *found.dequantizers)}
     assert len(scales) == 1  # Q and DQ agree
     (scale,) = scales
-    corrected = max(float(run(quantized, feeds)[0].max()) for feeds in batches)
+    corrected = float(first_outputs(quantized, batches).max())
     # The range ends within the tolerance (2 %) and one step of the largest corrected value.
     assert abs(255 * scale / corrected - 1.0) < 0.03

@@ -18,26 +18,14 @@ from qpass.passes.rounding.refit import choose_refit
 from qpass.passes.rounding.scales import SHARES
 from qpass.qparams import QParams
 from qpass.quantize import timed
-from qpass.verify.metrics import sqnr_db
 from tests.folds import graph_of, normal, rounded
 from tests.jobs import CNN, DIGITS
-from tests.rounded import numbers_of, quantized_at
-from tests.small_models import feeds_of, residual_cnn, run, transformer
+from tests.rounded import fidelity, numbers_of, quantized_at
+from tests.small_models import feeds_of, residual_cnn, transformer
 
 METHODS: tuple[Method, ...] = ("auto", "gptq", "erq", "unit")
 EPSILON = 2.0**-22  # two roundings to float32, in a logarithm
 MODELS: tuple[Callable[[], Graph], ...] = (residual_cnn, transformer)
-
-
-def fidelity(reference: Graph, graph: Graph) -> float:
-    """SQNR in dB on samples that nobody has seen."""
-    unseen = feeds_of(reference, 24, seed=99)
-    name = reference.outputs[0].name
-    wanted, got = (
-        np.concatenate([run(one.to_model(), feeds)[name] for feeds in unseen])
-        for one in (reference, graph)
-    )
-    return sqnr_db(wanted, got)
 
 
 @pytest.mark.parametrize("method", METHODS)

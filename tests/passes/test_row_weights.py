@@ -20,7 +20,7 @@ from qpass.passes.rounding import layer as layers
 from qpass.passes.row_weights import NormedSum, Weights, find_normed_sum
 from qpass.plan import Plan
 from tests.rounded import numbers_of, quantized_at
-from tests.small_models import from_text, run
+from tests.small_models import from_text, run_each
 
 WIDTH, TOKENS = 16, 8
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
@@ -163,14 +163,9 @@ def massive_feeds(count: int, seed: int) -> list[dict[str, np.ndarray]]:
 
 def errors(reference: Graph, graph: Graph) -> float:
     """Mean squared error of the output on samples that nobody has seen."""
-    return float(
-        np.mean(
-            [
-                np.square(run(reference.to_model(), f)["y"] - run(graph.to_model(), f)["y"]).mean()
-                for f in massive_feeds(24, seed=9)
-            ]
-        )
-    )
+    unseen = massive_feeds(24, seed=9)
+    pairs = zip(*(run_each(one.to_model(), unseen) for one in (reference, graph)), strict=True)
+    return float(np.mean([np.square(wanted["y"] - got["y"]).mean() for wanted, got in pairs]))
 
 
 def after_each(

@@ -21,14 +21,12 @@ from qpass.passes.round_weights import Rounding, replay, round_weights
 from qpass.passes.rounding.scales import SHARES
 from qpass.torch.executor import Executor
 from qpass.torch.executor_ops import OPS
-from qpass.verify.metrics import sqnr_db
 from tests.jobs import CNN, DIGITS
-from tests.rounded import numbers_of, quantized_at
+from tests.rounded import fidelity, numbers_of, quantized_at
 from tests.small_models import (
     feeds_of,
     from_text,
     residual_cnn,
-    run,
     transformer,
     weights,
 )
@@ -50,16 +48,6 @@ cnn (float[2,3,12,12] image) => (float[2,16,12,12] y)
 }
 """
 MODELS: tuple[Callable[[], Graph], ...] = (residual_cnn, transformer)
-
-
-def fidelity(reference: Graph, graph: Graph) -> float:
-    """SQNR in dB on samples that nobody has seen."""
-    name = reference.outputs[0].name
-    wanted, got = (
-        np.concatenate([run(one.to_model(), f)[name] for f in feeds_of(reference, 24, seed=99)])
-        for one in (reference, graph)
-    )
-    return sqnr_db(wanted, got)
 
 
 def learned(reference: Graph, graph: Graph, numbers: object, **options: object) -> Rounding:
@@ -112,10 +100,11 @@ def test_steps_of_activations_are_learned(model: Callable[[], Graph]) -> None:
     made = [quantized_at(reference, "w4a4") for _ in range(3)]
     numbers, (_, table, plan) = numbers_of(made[0][2], made[0][1]), made[0]
     free = [d.key for d in plan.activations() if d.spec.bits == 4]
-    options = {"samples": 48, "iterations": 40, "seed": 6}
+    # Whether a transformer gets better shows after more steps than its CNN needs to move at all.
+    options = {"iterations": 40 if model is transformer else 10, "seed": 6}
     rounding = learned(reference, made[1][0], numbers, free_steps=free, **options)
     assert rounding.steps.keys() == set(free)
-    if model is transformer:  # 1.3 to 1.8 dB; on average 0.5 in the CNN, where seeds do as much
+    if model is transformer:  # 1.5 dB; on average 0.5 in the CNN, where seeds do as much
         learned(reference, made[0][0], numbers, **options)
         assert fidelity(reference, made[1][0]) > fidelity(reference, made[0][0]) + 0.5
     nodes = {node.name: node for node in made[1][0].nodes}
@@ -134,7 +123,7 @@ def test_a_step_that_another_unit_reads_stays() -> None:
     reference = residual_cnn()
     graph, table, plan = quantized_at(reference, "w4a4")
     numbers = numbers_of(plan, table)
-    rounding = learned(reference, graph, numbers, iterations=80, free_steps=["x0", "x0#1"])
+    rounding = learned(reference, graph, numbers, free_steps=["x0", "x0#1"])
     reasons = {r.where: r.reason for r in rounding.report.refusals}
     assert "another unit" in reasons["x0"]
     assert rounding.steps.keys() == {"x0#1"}
@@ -179,7 +168,7 @@ def test_units_that_are_learned_change_and_cost_nothing() -> None:
         graph, table, plan = quantized_at(reference, "w2a8")
         numbers = numbers_of(plan, table)
         # With 8 samples the head has twelve rows to fit and four to judge by: a toss with 2 bits.
-        rounding = learned(reference, graph, numbers, method=method, iterations=200, samples=32)
+        rounding = learned(reference, graph, numbers, method=method, iterations=100, samples=32)
         found[method] = graph.fingerprint(), fidelity(reference, graph), rounding
     assert found["unit"][0] != found["adaround"][0]
     assert found["adaround"][1] > found["unit"][1] - 0.5  # dB

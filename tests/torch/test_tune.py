@@ -17,24 +17,13 @@ from qpass.passes.model_gate import Verdict, judge, outputs_of  # noqa: E402
 from qpass.passes.tune import tune  # noqa: E402
 from qpass.torch.executor_ops import OPS  # noqa: E402
 from qpass.torch.tune import TunedLayer, tune_channels  # noqa: E402
-from qpass.verify.metrics import sqnr_db  # noqa: E402
 from tests.folds import graph_of, normal  # noqa: E402
 from tests.frozen_networks import on_the_grid  # noqa: E402
-from tests.rounded import quantized_at  # noqa: E402
-from tests.small_models import feeds_of, mlp, residual_cnn, run, transformer  # noqa: E402
+from tests.rounded import fidelity, quantized_at  # noqa: E402
+from tests.small_models import feeds_of, mlp, residual_cnn, transformer  # noqa: E402
 
 pytestmark = pytest.mark.torch
 Array = np.ndarray[Any, Any]
-
-
-def fidelity(reference: Graph, graph: Graph) -> float:
-    """SQNR in dB on samples that nobody has seen."""
-    name = reference.outputs[0].name
-    wanted, got = (
-        np.concatenate([run(one.to_model(), f)[name] for f in feeds_of(reference, 24, seed=99)])
-        for one in (reference, graph)
-    )
-    return sqnr_db(wanted, got)
 
 
 @pytest.mark.parametrize("model", [residual_cnn, transformer])

@@ -21,7 +21,7 @@ from qpass.passes.rounding.output_metric import find_metric, metric_error, solve
 from qpass.stream import Stream
 from qpass.submodel import Submodel
 from tests.rounded import numbers_of, quantized_at
-from tests.small_models import feeds_of, from_text, run, weights
+from tests.small_models import feeds_of, from_text, run_each, weights
 
 Array = NDArray[Any]
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
@@ -147,8 +147,7 @@ def test_a_linear_tail_gives_the_weights_of_the_head() -> None:
     feeds = feeds_of(graph, 4)
     head = next(array_of(c) for c in graph.constants() if c.name == "w2")
     wanted = np.zeros((WIDE, WIDE))
-    for feed in feeds:
-        taps = run(graph.to_model(taps=["v", "y"]), feed)
+    for taps in run_each(graph.to_model(taps=["v", "y"]), feeds):
         size = np.mean(np.square(taps["y"], dtype=float))
         for row in taps["v"] > 0:
             jacobian = row[:, None] * head.astype(float)
@@ -208,7 +207,7 @@ def test_a_model_with_few_outputs_rounds_better(
             monkeypatch.setattr(module, "find_metric", lambda *_: None)
         quantized, table, plan = quantized_at(graph, "w3a8")
         round_weights(graph, quantized, feeds, numbers_of(plan, table), method="gptq")
-        pairs = [(run(graph.to_model(), f), run(quantized.to_model(), f)) for f in others]
+        pairs = zip(*(run_each(one.to_model(), others) for one in (graph, quantized)), strict=True)
         errors.append(sum(float(np.square(a["y"] - b["y"]).sum()) for a, b in pairs))
     assert errors[0] < 0.8 * errors[1]
 
