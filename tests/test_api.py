@@ -37,7 +37,7 @@ REPORT_KEYS = {
     "schema", "model", "target", "precision", "passes", "nodes", "engines", "layers", "cost",
     "gates", "ok",
 }  # fmt: skip
-BATCHES = np.load(DIGITS)["image"].astype(np.float32).reshape(-1, 8, 1, 8, 8)
+BATCHES = np.split(normal((64, 3, 8, 8))["x"], 8)
 
 
 class Loader:
@@ -82,14 +82,16 @@ def test_every_linear_op_runs_in_integers(
 
 @pytest.mark.parametrize(
     "data",
-    [str(DIGITS), DIGITS, [{"image": batch} for batch in BATCHES[:4]],
-     ({"image": batch} for batch in BATCHES[:4]), Loader(), {"image": BATCHES[0]}],
+    [str, Path, [{"x": batch} for batch in BATCHES[:4]],
+     ({"x": batch} for batch in BATCHES[:4]), Loader(), {"x": BATCHES[0]}],
     ids=["text", "path", "list", "generator", "loader", "arrays"],
 )  # fmt: skip
 def test_forms_of_samples(data: Any, tmp_path: Path) -> None:
-    report = optimize(
-        CNN, data, output=tmp_path / "q.onnx", samples=6, batch_size=4, calibrate="minmax"
-    )
+    if isinstance(data, type):  # of the path of a file
+        np.savez(tmp_path / "x.npz", x=np.concatenate(BATCHES))
+        data = data(tmp_path / "x.npz")
+    path = saved(small_model(), tmp_path)
+    report = optimize(path, data, samples=6, batch_size=4, calibrate="minmax")
     assert report.ok
     assert report.cost.samples == 6  # of 8 and more, a quarter is held out
 
