@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,12 @@ def local_output(case: Frozen, explicit: Graph, name: str, feeds: Feeds, *, fuse
 # ------------------------------------------------------------------ what aiming at it does
 
 
+@functools.cache
+def on_its_grid(model: Callable[[], Graph], target: Target) -> Frozen:
+    """A case that several tests read and none changes: its integers hold the weights exactly."""
+    return frozen(on_the_grid(model(), "w4a4", target), "w4a4", target)
+
+
 def rounded(case: Frozen, aim: Graph | None, method: Method, batches: list[Any]) -> Graph:
     graph = case.graph.copy()
     round_weights(case.reference, graph, batches, case.numbers, method=method, aim=aim)
@@ -227,7 +234,7 @@ def test_weights_on_the_grid_need_nothing(
     The model's outputs could not get better and would refuse all, so they are not asked here.
     """
     monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: BETTER)
-    case = frozen(on_the_grid(model(), "w4a4", target), "w4a4", target)
+    case = on_its_grid(model, target)
     batches = quarters(case.reference, 8)
     assert fit(case, case.aim, method, batches).fingerprint() == case.graph.fingerprint()
 
@@ -238,7 +245,7 @@ def test_blocks_of_weights_on_the_grid_need_nothing(
 ) -> None:
     """Maps learn from many samples; against the float network they would find something."""
     monkeypatch.setattr("qpass.passes.model_verdict.judge", lambda *_: BETTER)
-    case = frozen(on_the_grid(transformer(), "w4a4"), "w4a4")
+    case = on_its_grid(transformer, ORT)
     batches = quarters(case.reference, 48)
     aimed, other = (compensated(case, aim, method, batches) for aim in (case.aim, None))
     assert aimed.fingerprint() == case.graph.fingerprint()
