@@ -193,7 +193,12 @@ def test_they_compete_where_there_are_few_levels(tmp_path: Path, precision: str,
     path = tmp_path / "m.onnx"
     path.write_bytes(graph.to_model().SerializeToString())
     result = qpass.optimize(
-        path, data=feeds_of(graph, 20), output=tmp_path / "o.onnx", precision=precision, samples=16
+        path,
+        data=feeds_of(graph, 20),
+        output=tmp_path / "o.onnx",
+        precision=precision,
+        samples=16,
+        engines=("ort",),
     )
     (note,) = [text for text in result.notes if text.startswith("ranges by trial")]
     assert ("by outputs" in note) is said
