@@ -29,6 +29,7 @@ from qpass.options import ROUND_WITH_DATA
 from qpass.passes.normalize import normalize
 from qpass.pipeline import LAYER_SAMPLES, make_norms_static, prepare, quantize
 from qpass.plan import Plan
+from qpass.plan_edits import take_found_bits
 from qpass.planner import plan as make_plan
 from qpass.precision_notes import precision_notes
 from qpass.program import Policy, Progress
@@ -122,6 +123,7 @@ def optimize(
     if calibration is not None:
         _learn(run, calibration, () if note else held)
     search(run, held)
+    take_found_bits(run)
     run.notes = [*precision_notes(run), *run.notes]
     quantize(run)
     assert run.quantized is not None
@@ -148,7 +150,7 @@ def optimize(
         save_model(run.quantized, final, metadata=metadata_of(run))
     if run.mixed is not None:
         chosen = final.with_suffix(".plan.json")
-        write_text(chosen, plan_to_edit(run).to_json())
+        write_text(chosen, plan_to_edit(run).to_json(searched=True))
         run.mixed = dataclasses.replace(run.mixed, plan=str(chosen))
     report = build_report(run, final, metric, gates)
     if settings.report is not None:
@@ -206,6 +208,7 @@ def plan(
     """
     run = start(Path(model), make_options(target=target, precision=precision, **options))
     prepare(run)
+    take_found_bits(run)
     assert run.plan is not None
     return run.plan
 

@@ -28,6 +28,7 @@ Array = NDArray[Any]
 
 FLOAT_BITS: Final = 32
 ACTIVATION_BYTES: Final = 2.0**-16  # a bit of activations, in bytes of weights
+STORED: Final = 4  # bits of the smallest type that weights are stored in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ class Draft:
 def levels_of(run: Run) -> dict[str, list[Precision | None]]:
     """Return the levels of every layer that the plan quantizes, lowest first.
 
-    Layers whose bits the user has set keep them. Where bytes are the cost, two more kinds of ops
+    Layers whose bits the user has set keep them. Weights of 2 and 3 bits may have the 4 that they
+    are stored in. Where bytes are the cost, two more kinds of ops
     are layers. Embeddings: what a look-up reads takes no time worth counting; one that is tied to
     another layer has the bits of the plan, for its table is not its own. Products of activations of
     less than 8 bits may have 8: nothing of them is in the file, so the first bits go there.
@@ -64,7 +66,8 @@ def levels_of(run: Run) -> dict[str, list[Precision | None]]:
         high = raised(lowest)
         # Bits of activations weigh nothing in the file, so they come before those of weights.
         between = replace(lowest, activation=high.activation)
-        own: list[Precision | None] = list(dict.fromkeys([lowest, between, high]))
+        stored = raised(between, STORED)
+        own: list[Precision | None] = list(dict.fromkeys([lowest, between, stored, high]))
         if node.name in weighted | tables:
             own.append(None)
         elif run.options.mixed_cost != "size" or not is_product(node) or len(own) == 1:
@@ -141,7 +144,8 @@ def _keys(plan: Plan) -> dict[tuple[str, int], str]:
 def sizes_of(node: Node, layer: LayerError) -> Array:
     """Return the bytes of a layer's weight at each level, scales not counted.
 
-    Bits of activations count next to nothing, so that few are kept where they do.
+    Bits of activations, and those of weights that the file has no smaller type for, count next to
+    nothing, so that few are kept where they do.
     """
     weights = [
         FLOAT_BITS if level is None else storage_for(level.weight, signed=True).bits
@@ -151,5 +155,6 @@ def sizes_of(node: Node, layer: LayerError) -> Array:
         FLOAT_BITS if level is None or level.activation is None else level.activation
         for level in layer.levels
     ]
-    rest = np.array(activations, np.float64) * ACTIVATION_BYTES
+    wanted = [FLOAT_BITS if level is None else level.weight for level in layer.levels]
+    rest = (np.array(activations, np.float64) + wanted) * ACTIVATION_BYTES
     return np.array(weights, np.float64) * elements_of(node) / 8.0 + rest

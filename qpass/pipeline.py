@@ -41,7 +41,7 @@ from qpass.passes.static_norm import Batches, replace_norms
 from qpass.passes.tune import tune
 from qpass.passes.weight_only import straighten_gemms
 from qpass.plan import Plan, read_plan
-from qpass.plan_edits import edited_policy
+from qpass.plan_edits import take_edits
 from qpass.planner import plan as make_plan
 from qpass.program import Policy
 from qpass.qparams import QParams
@@ -94,7 +94,7 @@ def prepare(run: Run, *, for_target: bool = True) -> Graph:
         _move_values(run, run.graph, patches_to_matmul)
     with run.stages.stage("plan"):
         if run.options.plan:
-            run.policy = edited_policy(run, Path(run.options.plan))
+            take_edits(run, Path(run.options.plan))
         run.plan = make_plan(run.graph, run.target, run.policy)
         run.notes += broken_notes(run.plan)
         if run.options.activation_scales:

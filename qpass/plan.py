@@ -21,6 +21,7 @@ BYTE: Final = 8  # bits
 NODE_FIXED: Final = ("name", "op", "rule")
 TENSOR_FIXED: Final = ("tensor", "kind", "spec", "group", "readers")
 SETTINGS: Final = ("activations", "block_size", "asymmetric_weights")
+SEARCHED: Final = "searched"  # in the head, see `PlanFile`
 HEAD_KEYS: Final = (
     "schema", "target", "precision", "fingerprint", "nodes", "tensors",
 )  # fmt: skip
@@ -152,11 +153,14 @@ class Plan:
         ]
         return nodes, tensors
 
-    def to_json(self) -> str:
-        """Return the editable form, see `read_plan`."""
+    def to_json(self, *, searched: bool = False) -> str:
+        """Return the editable form, see `read_plan`; `searched` as in `PlanFile`."""
         nodes, tensors = self.rows()
-        head = {"schema": SCHEMA, "target": self.target, "precision": self.precision}
-        head |= {**self.settings, "fingerprint": fingerprint_of(nodes, tensors)}
+        head: dict[str, Any] = {"schema": SCHEMA, "target": self.target}
+        head |= {"precision": self.precision, **self.settings}
+        if searched:
+            head[SEARCHED] = True
+        head["fingerprint"] = fingerprint_of(nodes, tensors)
         return json.dumps({**head, "nodes": nodes, "tensors": tensors}, indent=1) + "\n"
 
 
@@ -181,6 +185,8 @@ class PlanFile:
         All entries as they stand in the file.
     intact
         True where nothing but what can be edited was changed.
+    searched
+        True where `--mixed` found the bits, with scales and ranges for all layers at `precision`.
     """
 
     target: str
@@ -193,6 +199,7 @@ class PlanFile:
     nodes: tuple[Mapping[str, Any], ...]
     tensors: tuple[Mapping[str, Any], ...]
     intact: bool
+    searched: bool = False
 
 
 def read_plan(path: Path) -> PlanFile:
@@ -225,7 +232,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def _plan_file(data: Mapping[str, Any]) -> PlanFile:
-    _check_keys("the head of the plan", data, HEAD_KEYS, SETTINGS)
+    _check_keys("the head of the plan", data, HEAD_KEYS, (*SETTINGS, SEARCHED))
     float_nodes: dict[str, str] = {}
     node_bits: dict[str, Precision] = {}
     ranges: dict[str, tuple[float, float]] = {}
@@ -272,6 +279,7 @@ def _plan_file(data: Mapping[str, Any]) -> PlanFile:
         nodes=tuple(data["nodes"]),
         tensors=tuple(data["tensors"]),
         intact=data["fingerprint"] == fingerprint_of(data["nodes"], data["tensors"]),
+        searched=bool(data.get(SEARCHED, False)),
     )
 
 

@@ -22,6 +22,33 @@ from qpass.run import Run
 Row = Mapping[str, Any]
 
 
+def take_edits(run: Run, path: Path) -> None:
+    """Give `run` the policy with the edits of a plan file.
+
+    A file of `--mixed` gives its bits later (`take_found_bits`): scales and ranges are learned with
+    the precision of the run first, as they were in the search, so that it comes to the same result.
+
+    Raises:
+        RecipeError: see `edited_policy`.
+    """
+    given, edited = run.policy, edited_policy(run, path)
+    if read_plan(path).searched and not run.options.mixed:
+        run.found = edited
+        edited = replace(edited, node_bits=given.node_bits, float_nodes=given.float_nodes)
+    run.policy = edited
+
+
+def take_found_bits(run: Run) -> None:
+    """Plan the bits of a file of `--mixed`, where there is one."""
+    if run.found is None:
+        return
+    assert run.graph is not None
+    run.policy = replace(
+        run.policy, node_bits=run.found.node_bits, float_nodes=run.found.float_nodes
+    )
+    run.plan = make_plan(run.graph, run.target, run.policy)
+
+
 def edited_policy(run: Run, path: Path) -> Policy:
     """Return the policy of `run` with the edits of a plan file.
 

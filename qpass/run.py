@@ -73,6 +73,7 @@ class Run:
     passes: list[PassReport] = field(default_factory=list)
     plan: Plan | None = None
     planned: tuple[Graph, Policy] | None = None  # with --mixed: what plan files are made for
+    found: Policy | None = None  # of a plan file of --mixed, whose bits come later
     stats: dict[str, TensorStats] = field(default_factory=dict)
     method: str = ""  # range method that won the trial
     output_ranges: GivenRanges = field(default_factory=dict)  # what it stands on, if it was those

@@ -131,14 +131,23 @@ def test_a_budget_that_the_lowest_bits_meet(model: Path) -> None:
     assert any(note.startswith("SIMULATED") for note in report.notes)
 
 
-def test_the_plan_is_a_file_that_makes_the_result_again(model: Path) -> None:
-    report, found = mixed(model, min_sqnr=22.0)
+@pytest.mark.parametrize("equalize", [False, True])
+def test_the_plan_is_a_file_that_makes_the_result_again(model: Path, equalize: bool) -> None:
+    """Scales of channels are chosen with the lowest bits, as in the search, before it is used."""
+    options = {**QUICK, "equalize": equalize}
+    report, found = mixed(model, min_sqnr=22.0, **options)
+    assert equalize == any("suit the weights behind" in note for note in report.notes)
     path = Path(found.plan)
     assert path.name == "q.plan.json"
     edited = read_plan(path)
     assert {str(p) for p in edited.node_bits.values()} <= {"w4a8", "w8a8"}
     again = optimize(
-        model, DATA, precision="w4a8", plan=str(path), output=model.with_name("again.onnx"), **QUICK
+        model,
+        DATA,
+        precision="w4a8",
+        plan=str(path),
+        output=model.with_name("again.onnx"),
+        **options,
     )
     weights = [
         {t.name: numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer}
@@ -346,6 +355,17 @@ def test_what_a_plain_run_would_give_competes(
     assert report.ok
     assert found.points[0].chosen
     assert sum(p.measured is not None for p in found.points) > 2
+
+
+def test_weights_of_3_bits_may_have_the_4_that_they_are_stored_in(model: Path) -> None:
+    low = optimize(model, DATA, precision="w4a8", output=model.with_name("a.onnx"), **QUICK)
+    wanted = low.engines[0].sqnr_db
+    assert wanted is not None
+    report, found = mixed(model, precision="w3a8", min_sqnr=wanted - 0.5)
+    assert report.ok
+    bits = {layer.name: layer.bits for layer in found.layers}
+    assert "w4a8" in bits.values()
+    assert stored_bytes(report.output) <= stored_bytes(low.output)  # w3 and w4 are one type
 
 
 def test_bits_of_activations_come_before_those_of_weights(model: Path) -> None:
