@@ -13,7 +13,7 @@ from qpass.passes.dynamic import make_dynamic
 from qpass.passes.insert_qdq import insert_qdq
 from qpass.passes.lower import lower_biases, raise_matmul_biases, sum_before_norm
 from qpass.passes.part_activations import part_activations
-from qpass.passes.weight_only import gather_blocks, half_scales
+from qpass.passes.weight_only import gather_blocks, half_scales, part_transposes
 from qpass.plan import Plan
 from qpass.program import Policy
 from qpass.report.model import PassReport
@@ -56,6 +56,8 @@ def build_quantized(
         steps.append(lambda: raise_matmul_biases(graph, rank))
     if target.sum_before_norm:
         steps.append(lambda: sum_before_norm(graph))
+    if target.straight_gemms and any(node.precision == "weights" for node in plan.nodes):
+        steps.append(lambda: part_transposes(graph))
     if target.parts_activations:
         steps.append(lambda: part_activations(graph))
     if target.gathers_blocks:

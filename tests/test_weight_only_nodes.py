@@ -89,3 +89,24 @@ def test_a_tie_that_a_rewrite_undoes_still_gives_the_table_the_bits_of_the_head(
     assert tables == {8}
     fewer = optimize(path, None, precision="w4", low_bit_edges=True, output=tmp_path / "fewer.onnx")
     assert 4 in {bits for name, bits in stored(fewer.output).items() if "table" in name}
+
+
+@pytest.mark.parametrize("bias", ["", ", bias"])
+@pytest.mark.parametrize("precision", ["w4", "w8"])
+def test_a_transpose_in_front_does_not_hide_the_product(
+    tmp_path: Path, bias: str, precision: str
+) -> None:
+    """The engine would make Gemm with transA of the two, which no kernel of integer weights has."""
+    text = f"""
+    <ir_version: 10, opset_import: ["": 21]>
+    g (float[64,12] x) => (float[12,8] y) {{
+      [turn] t = Transpose<perm = [1,0]>(x)
+      [first] a = Gemm<transB = 1>(t, w1{bias})
+      [act] b = Relu(a)
+      [head] y = MatMul(b, w2)
+    }}"""
+    constants = {"bias": (48,)} if bias else {}
+    path = saved(model_of(text, w1=(48, 64), w2=(48, 8), **constants), tmp_path)
+    report = optimize(path, [{"x": normal((64, 12))["x"]}], precision=precision)
+    assert report.ok
+    assert engine(report).op_counts["MatMulNBits"] == 2

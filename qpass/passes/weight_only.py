@@ -3,6 +3,7 @@
 What it does
     `straighten_gemms`: a Gemm with transB = 1 gets its weight transposed and transB = 0.
     `gather_blocks`: Gather from a table behind DequantizeLinear becomes GatherBlockQuantized.
+    `part_transposes`: Gemm with integer weights behind a Transpose becomes MatMul and Sub.
     `half_scales`: scales of blocks are stored in 16 bits.
 Why it is correct
     ``x @ W^T`` reads the same numbers from ``W^T`` stored as a matrix; rows of a table are the same
@@ -49,6 +50,44 @@ def straighten_gemms(graph: Graph, names: Collection[str]) -> PassReport:
         changed += 1
     graph.remove_unused()
     return PassReport(name=STRAIGHT, changed=changed, refusals=tuple(refusals))
+
+
+def part_transposes(graph: Graph) -> PassReport:
+    """Keep a Transpose apart from the product of float activations with integer weights behind it.
+
+    onnxruntime 1.31 makes one Gemm with transA of Transpose and Gemm, and of Transpose, MatMul and
+    Add, before it looks for DequantizeLinear; MatMulNBits takes no transA. MatMul and a Sub of the
+    negative bias are left alone.
+    """
+    changed, refusals = 0, []
+    for node in graph.nodes:
+        dq = graph.producer(node.inputs[1]) if node.op == "Gemm" else None
+        turned = graph.producer(node.inputs[0]) if dq is not None else None
+        if dq is None or dq.op != "DequantizeLinear" or turned is None or turned.op != "Transpose":
+            continue
+        bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+        plain = all(
+            node.attrs.get(name, usual) == usual
+            for name, usual in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0))
+        )
+        if not plain or not isinstance(bias, Constant | None):
+            reason = "its bias is computed" if plain else "it scales or transposes"
+            refusals.append(Refusal(rule="part transposes", where=node.name, reason=reason))
+            continue
+        node.op, node.attrs = "MatMul", {}
+        while len(node.inputs) > 2:
+            graph.drop_input(node, 2)
+        if bias is not None:
+            out = node.outputs[0]
+            product = graph.variable(f"{out.name}_product", out.dtype, out.shape)
+            negative = graph.constant(f"{bias.name}_negative", -array_of(bias))
+            graph.set_output(node, 0, product)
+            graph.add(
+                graph.make("Sub", [product, negative], [out], name=f"{node.name}_bias"), after=node
+            )
+        changed += 1
+    graph.remove_unused()
+    return PassReport(name="part_transposes", changed=changed, refusals=tuple(refusals))
 
 
 def gather_blocks(graph: Graph) -> PassReport:
