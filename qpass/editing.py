@@ -60,6 +60,8 @@ class EditableGraph:
             for tensor in (*node.inputs, *node.outputs, *node.captured):
                 if tensor.name:
                     found[tensor.name] = tensor
+        for tensor in self.outputs:  # a constant may be an output that no node reads any more
+            found.setdefault(tensor.name, tensor)
         return found
 
     def is_output(self, tensor: Tensor) -> bool:

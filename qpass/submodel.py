@@ -82,12 +82,10 @@ def cut(
         InternalError: an output needs a tensor that is neither available nor made by a node.
     """
     nodes, inputs = slice_nodes(graph, available, outputs)
-    constants = {
-        tensor.name: tensor
-        for node in nodes
-        for tensor in (*node.inputs, *node.captured)
-        if isinstance(tensor, Constant)
-    }
+    tensors = graph.tensors()
+    read = [tensor for node in nodes for tensor in (*node.inputs, *node.captured)]
+    read += [tensors[name] for name in outputs]  # a constant may be an output
+    constants = {tensor.name: tensor for tensor in read if isinstance(tensor, Constant)}
     piece = helper.make_graph(
         [graph.proto_of(node) for node in nodes],
         "piece",

@@ -61,6 +61,21 @@ def test_half_precision_model(tmp_path: Path) -> None:
     assert engine(report).sqnr_db > 25.0
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "w4a8"}, {"precision": "w4", "round": "gptq"}], ids=str
+)
+def test_a_weight_that_is_an_output_as_well(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = small_model()
+    model.graph.output.append(onnx.helper.make_tensor_value_info("w1", 1, (8, 8, 3, 3)))
+    report = optimize(saved(model, tmp_path), normal(), **options)
+    assert report.ok
+    kept = {t.name: t for t in onnx.load(report.output).graph.initializer}["w1"]
+    weight = next(t for t in model.graph.initializer if t.name == "w1")
+    np.testing.assert_array_equal(
+        onnx.numpy_helper.to_array(kept), onnx.numpy_helper.to_array(weight)
+    )
+
+
 def test_external_data(tmp_path: Path) -> None:
     path = tmp_path / "big.onnx"
     onnx.save(
