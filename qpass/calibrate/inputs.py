@@ -132,6 +132,8 @@ def rows_of(
                     f"input {spec.name} has {shape[0]} entries along axis 0, expected a multiple "
                     f"of {fixed}: {spec.describe()}",
                     where=where,
+                    fix=f"leave the last {shape[0] % fixed} out, or export the model with a free "
+                    "batch axis",
                 )
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
