@@ -35,8 +35,9 @@ from qpass.passes.normalize import normalize
 from qpass.passes.norms import rewrite_norms
 from qpass.passes.patch_matmul import patches_to_matmul
 from qpass.passes.rotation.balance import balance_streams
-from qpass.passes.round_weights import replay, round_weights, write_offsets
+from qpass.passes.round_weights import round_weights
 from qpass.passes.rounding.gradient import check_torch
+from qpass.passes.rounding.replay import replay, write_offsets
 from qpass.passes.static_norm import Batches, replace_norms
 from qpass.passes.tune import tune
 from qpass.passes.weight_only import straighten_gemms
@@ -53,6 +54,7 @@ from qpass.weights_float import weights_float
 
 STATIC_SAMPLES: Final = 64  # a gain, an offset and a ridge regression for each norm
 LAYER_SAMPLES: Final = 2
+UNLEARNED: Final = "NOTHING WAS LEARNED by --round adaround: -v names the reason of each layer"
 TUNED: Final = "tuned by gradients:"  # begins the note on that
 
 
@@ -389,4 +391,7 @@ def _round_weights(run: Run, graph: Graph, table: QTable, *, offsets: bool) -> P
         progress=run.progress,
     )
     run.rounding = (run.plan, rounding)
+    run.notes = [note for note in run.notes if note != UNLEARNED]  # of a candidate, or a round
+    if method == "adaround" and not rounding.learned:
+        run.notes.append(UNLEARNED)
     return rounding.report

@@ -22,7 +22,7 @@ from qpass.options import Options, parse_node_bits
 from qpass.passes.compensate_blocks import BlockCompensation
 from qpass.passes.compensation import Compensation
 from qpass.passes.patch_matmul import NAME as PATCHES
-from qpass.passes.round_weights import Rounding
+from qpass.passes.rounding.replay import Rounding
 from qpass.passes.weight_only import STRAIGHT
 from qpass.plan import Plan
 from qpass.program import Policy, Precision, Progress

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -45,11 +45,12 @@ from qpass.passes.live_rows import LiveRows
 from qpass.passes.model_gate import GATED_CONFIDENCE
 from qpass.passes.model_verdict import model_verdict
 from qpass.passes.rounding.basic_units import find_basic_units
-from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, write_steps
+from qpass.passes.rounding.gradient import check_torch, reconstruct_unit, why_not
 from qpass.passes.rounding.guide import guide_rows
 from qpass.passes.rounding.layer import Layer, find_layers
 from qpass.passes.rounding.measure import measure
 from qpass.passes.rounding.output_metric import find_metric
+from qpass.passes.rounding.replay import RoundedLayer, Rounding, replay
 from qpass.passes.rounding.scales import can_rescale
 from qpass.passes.rounding.unit import sweep_back
 from qpass.passes.rounding.way import (
@@ -78,33 +79,6 @@ LEAST_ROWS: Final = 2
 WIDE_LEVELS: Final = 100  # 7 bits and more
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedLayer:
-    """New constants of one op.
-
-    integers, scale
-        As the graph stores them; `scale` None: those of the numbers.
-    offsets
-        What the bias got, one after the other.
-    """
-
-    integers: Array
-    scale: Array | None
-    offsets: tuple[Array, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rounding:
-    """Result of `round_weights`: what changed, by name of the linear op.
-
-    `steps` holds new steps of activations, float32, by key of their decision.
-    """
-
-    report: PassReport
-    layers: Mapping[str, RoundedLayer]
-    steps: Mapping[str, float] = field(default_factory=dict)
-
-
 @dataclass(slots=True, kw_only=True)
 class _Walk:
     method: Method
@@ -116,6 +90,9 @@ class _Walk:
     coarse: Collection[str] = ()  # layers whose input has few levels
     few_bits: bool = False  # some weights or inputs have few levels
     rescale: bool = True  # scales of channels may change
+    learns: bool = False  # gradients follow in this unit
+    alone: bool = False  # one layer of it has roundings to learn
+    learned: int = 0  # layers that they gave new integers
     steps: dict[str, float] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -156,7 +133,7 @@ class _Walk:
             )
             for name, layer in self.rounded.items()
         }
-        return Rounding(report=report, layers=layers, steps=dict(self.steps))
+        return Rounding(report=report, layers=layers, steps=dict(self.steps), learned=self.learned)
 
 
 def round_weights(
@@ -253,11 +230,16 @@ def round_weights(
                     layers[name].guide = rows
         for step in stream:
             inside = [layers[name] for name in islice(names, step.unit.nodes) if name in layers]
+            why = why_not(stream, inside) if method == "adaround" else ""
+            walk.learns = method == "adaround" and not why
+            walk.alone = walk.learns and sum(not _is_wide(layer) for layer in inside) == 1
             rounded = [layer for layer in inside if _round(stream, step, layer, walk)]
             if method in UNITWISE:
                 for name, reason in sweep_back(stream, rounded, walk.first_held):
                     walk.refuse(name, reason)
-            if method == "adaround":
+            for layer in inside if why else ():
+                walk.refuse(layer.name, f"{why}: the integers of unit stay")
+            if walk.learns:
                 settings = {"iterations": iterations, "seed": seed, "threads": threads}
                 learned = reconstruct_unit(
                     stream,
@@ -267,7 +249,12 @@ def round_weights(
                     rescaled=[layer.name for layer in inside if _rescales(layer, walk)],
                     free_steps=free_steps,
                 )
-                walk.rounded |= {layer.name: layer for layer in learned.layers}
+                changed = {layer.name: layer for layer in learned.layers}
+                walk.rounded |= changed
+                walk.learned += len(changed)
+                for layer in inside:
+                    if layer.name not in changed:
+                        layer.take_spare(stream.quantized)
                 walk.steps |= learned.steps
                 for name, reason in learned.refused:
                     walk.refuse(name, reason)
@@ -286,49 +273,6 @@ def round_weights(
     rounding = walk.result(begin)
     replay(rounding, reference, quantized, numbers)
     return rounding
-
-
-def replay(
-    rounding: Rounding,
-    reference: Graph,
-    quantized: Graph,
-    numbers: Mapping[str, QParams],
-    *,
-    offsets: bool = True,
-) -> PassReport:
-    """Write what `round_weights` found into another copy of the graph that it worked on.
-
-    Args:
-        rounding: its result.
-        reference: the float graph.
-        quantized: changed in place.
-        numbers: as for `round_weights`.
-        offsets: False where a compensation follows that finds them better.
-
-    Returns:
-        The report of `round_weights`, with the time of both.
-    """
-    begin = time.perf_counter()
-    layers, _ = find_layers(reference, quantized, numbers)
-    for name, rounded in rounding.layers.items():
-        layers[name].stored.write(quantized, rounded.integers)
-        if rounded.scale is not None:
-            layers[name].write_scale(quantized, rounded.scale)
-    write_steps(quantized, rounding.steps)
-    if offsets:
-        write_offsets(rounding, reference, quantized, numbers)
-    seconds = rounding.report.seconds + time.perf_counter() - begin
-    return replace(rounding.report, seconds=seconds)
-
-
-def write_offsets(
-    rounding: Rounding, reference: Graph, quantized: Graph, numbers: Mapping[str, QParams]
-) -> None:
-    """Add the offsets that `replay` has left out."""
-    layers, _ = find_layers(reference, quantized, numbers)
-    for name, rounded in rounding.layers.items():
-        for offset in rounded.offsets:  # one by one: the bias is rounded to float32 each time
-            layers[name].write_offset(quantized, offset)
 
 
 def _is_wide(layer: Layer) -> bool:
@@ -384,11 +328,17 @@ def _round(stream: Stream, step: Step, layer: Layer, walk: _Walk) -> bool:
     if more is not None:
         sums.merge(more)
         found = solve_again(weight, found, sums, solver)
-    # adaround goes on by the error at the end of a unit, channel by channel.
-    if walk.effort is not QUICK and walk.method != "adaround" and not _is_wide(layer):
+    # Gradients go on by the error at the end of a unit, channel by channel. Where that may come to
+    # nothing, a layer whose neighbours do not build on it has something to fall back on.
+    if walk.effort is not QUICK and (walk.alone or not walk.learns) and not _is_wide(layer):
         metric = find_metric(stream, layer, walk.first_judge)
         if metric is not None:
-            found, layer.together = solve_for_outputs(found, sums, metric), True
+            other = solve_for_outputs(found, sums, metric)
+            new, old = (sums.offset(one.grid.values(one.integers)) for one in (other, found))
+            if walk.learns:
+                layer.spare = other.integers, new - old
+            else:
+                found, layer.together = other, True
     layer.wanted = found.wanted
     if found.shares is not None:
         layer.rescale(stream.quantized, found.shares)

@@ -56,6 +56,11 @@ class _Step:
     last: tuple[str, ...] = ()
 
 
+def has_function(node: Node) -> bool:
+    """True where torch has a function for a node here."""
+    return node.domain in DOMAINS and node.op in OPS
+
+
 class Executor:
     """Some nodes of a graph as a differentiable function of tensors by name."""
 
@@ -68,7 +73,7 @@ class Executor:
             UnsupportedOpError: a node has an op that the table lacks; it is named.
         """
         for node in nodes:
-            if node.domain not in DOMAINS or node.op not in OPS:
+            if not has_function(node):
                 raise UnsupportedOpError(f"{node.op} has no gradient here", where=node.name)
         self.device, self._dtype = device, dtype
         self._constants = {

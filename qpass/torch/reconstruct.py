@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from qpass.torch.batch import Batch, joined, part_of
-from qpass.torch.executor import Executor, UnsupportedOpError
+from qpass.torch.executor import Executor, UnsupportedOpError, has_function
 from qpass.torch.narrow import narrow_pays
 from qpass.torch.soft_rounding import SoftRounding, beta_at, penalty
 from qpass.torch.threads import limited_threads
@@ -49,6 +49,7 @@ __all__ = [
     "SoftStep",
     "UnitProblem",
     "UnsupportedOpError",
+    "has_function",
     "reconstruct",
 ]
 

@@ -13,8 +13,9 @@ from qpass.dtypes import INT8
 from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
 from qpass.passes.model_gate import Verdict
-from qpass.passes.round_weights import QUICK, Method, replay, round_weights, write_offsets
+from qpass.passes.round_weights import QUICK, Method, round_weights
 from qpass.passes.rounding.refit import choose_refit
+from qpass.passes.rounding.replay import replay, write_offsets
 from qpass.passes.rounding.scales import SHARES
 from qpass.qparams import QParams
 from qpass.quantize import timed

@@ -17,7 +17,8 @@ import qpass
 from qpass.errors import RecipeError
 from qpass.graph import Graph, array_of
 from qpass.passes.insert_qdq import quantizer_name
-from qpass.passes.round_weights import Rounding, replay, round_weights
+from qpass.passes.round_weights import round_weights
+from qpass.passes.rounding.replay import Rounding, replay
 from qpass.passes.rounding.scales import SHARES
 from qpass.torch.executor import Executor
 from qpass.torch.executor_ops import OPS
@@ -252,7 +253,8 @@ def test_units_that_are_learned_are_not_rounded_for_the_outputs(
         graph = residual_cnn()
         quantized, table, plan = quantized_at(graph, "w4a8")
         learned(graph, quantized, numbers_of(plan, table), method=method)
-        assert bool(asked) is (method == "unit")
+        # A layer alone in its unit has them to fall back on.
+        assert (asked == ["node_stem"]) if method == "adaround" else (len(asked) > 1)
         asked.clear()
 
 

@@ -87,7 +87,7 @@ def reconstruct_unit(
     """
     from qpass.torch import reconstruct as gradient
 
-    soft = [layer for layer in layers if layer.numbers.qmax - layer.numbers.qmin < LEVELS]
+    soft = _soft(layers)
     refused = [
         (layer.name, f"more than {LEVELS} levels: the integers of unit stay")
         for layer in layers
@@ -96,19 +96,15 @@ def reconstruct_unit(
     if not soft:
         return Learned(refused=tuple(refused))
     ends = _ends(stream, layers)
-    weights = {layer.node.inputs[1].name for layer in soft}
-    nodes, inputs = slice_nodes(
-        stream.quantized,
-        dict.fromkeys([*stream.feeds("quantized", 0), *weights]),
-        [name for end in ends for name in end.quantized],
-    )
-    inputs = [name for name in inputs if name not in weights]
+    nodes, inputs = _learned_part(stream, soft, ends, gradient)
+    quantized = Probe(stream, "quantized", stream.quantized, inputs, as_written=True)
+    floating = Probe(stream, "float", stream.aim, inputs)
     steps, held_steps = _soft_steps(stream.quantized, nodes, ends, free_steps, gradient)
     refused += held_steps
     batches = [
         gradient.Batch(
-            quantized={name: stream.feeds("quantized", number)[name] for name in inputs},
-            floating={name: stream.feeds("float", number)[name] for name in inputs},
+            quantized=quantized.run(number),
+            floating=floating.run(number),
             wanted=aims,
             counts=tuple(end.counts(number, aim) for end, aim in zip(ends, aims, strict=True)),
         )
@@ -143,6 +139,54 @@ def reconstruct_unit(
             layer.write_offset(stream.quantized, found.offsets[layer.name])
     write_steps(stream.quantized, found.steps)
     return Learned(layers=tuple(soft), steps=found.steps, refused=tuple(refused))
+
+
+def why_not(stream: Stream, layers: Sequence[Layer]) -> str:
+    """Return why no gradient reaches the roundings of a unit that has some to learn, or nothing.
+
+    Args:
+        stream: stands in the unit.
+        layers: as for `reconstruct_unit`.
+    """
+    from qpass.torch import reconstruct as gradient
+
+    soft = _soft(layers)
+    if not soft:
+        return ""
+    nodes, _ = _learned_part(stream, soft, _ends(stream, layers), gradient)
+    for node in nodes:
+        if not gradient.has_function(node):
+            return f"{node.op} has no gradient here ({node.name})"
+    return ""
+
+
+def _soft(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers whose roundings are worth learning."""
+    return [layer for layer in layers if layer.numbers.qmax - layer.numbers.qmin < LEVELS]
+
+
+def _learned_part(
+    stream: Stream, soft: Sequence[Layer], ends: Sequence[_End], gradient: ModuleType
+) -> tuple[list[Node], list[str]]:
+    """Return the nodes that torch runs, and what they read besides the weights that are learned.
+
+    What torch has no function for and lies in front of these weights (recurrent cells) is left to
+    the engine, and its outputs are inputs of the part.
+    """
+    graph, weights = stream.quantized, {layer.node.inputs[1].name for layer in soft}
+    alive = dict.fromkeys([*stream.feeds("quantized", 0), *weights])
+    targets = [name for end in ends for name in end.quantized]
+    nodes, inputs = slice_nodes(graph, alive, targets)
+    made = [
+        tensor.name
+        for node in nodes
+        if not gradient.has_function(node)
+        for tensor in node.outputs
+        if tensor.name
+    ]
+    if made and weights.isdisjoint(slice_nodes(graph, alive, made)[1]):
+        nodes, inputs = slice_nodes(graph, {**alive, **dict.fromkeys(made)}, targets)
+    return nodes, [name for name in inputs if name not in weights]
 
 
 def write_steps(graph: Graph, steps: Mapping[str, float]) -> None:

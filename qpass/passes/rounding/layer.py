@@ -48,6 +48,8 @@ class Layer:
         Whether `rescale` has changed its numbers.
     together
         Whether errors of its output channels make up for one another (`output_metric`).
+    spare
+        Other integers, [groups, inputs, outputs], and what the offset would change by with them.
     """
 
     original: Node
@@ -65,6 +67,7 @@ class Layer:
     live: Sequence[Array | None] = ()
     rescaled: bool = False
     together: bool = False
+    spare: tuple[Array, Array] | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +114,15 @@ class Layer:
         """Store integers [groups, inputs, outputs]."""
         stored = self.layout.restore(integers).astype(np.int32)
         self.stored.write(graph, stored.astype(self.numbers.storage.numpy))
+
+    def take_spare(self, graph: Graph) -> None:
+        """Store the integers that were kept beside those in the graph, where there are any."""
+        if self.spare is None:
+            return
+        integers, offset = self.spare
+        self.write(graph, integers)
+        if self.site.offset:
+            self.write_offset(graph, offset)
 
     def rescale(self, graph: Graph, shares: Array) -> None:
         """Multiply the scales of each output [groups, 1, outputs] by a share, see `can_rescale`."""

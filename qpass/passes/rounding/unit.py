@@ -61,7 +61,7 @@ def sweep_back(
         first_held: number of the first batch that is held out.
     """
     for layer in reversed(layers[:-1]):
-        if layer.together or layers[-1].together:
+        if layer.together or layers[-1].together or layer.spare is not None:
             continue  # sums of errors of channels are what counts there
         if is_elementwise_between(stream.reference, layer.original, layers[-1].original):
             reason = _sweep(stream, layer, layers[-1], first_held)
