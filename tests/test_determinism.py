@@ -27,16 +27,19 @@ def faster(*args: object, **options: object) -> list[object]:
     return [replace(timing, ratio=0.5) for timing in found]
 
 
-@pytest.mark.parametrize("model", [CNN, VIT], ids=lambda path: path.stem)
+@pytest.mark.parametrize(("model", "precision"), [(CNN, "w8a8"), (VIT, "w4a8")])
 def test_two_runs_with_repair_give_the_same_bytes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `qpass.verify` is the function, so the module goes by its full name.
     check = importlib.import_module("qpass.verify.check")
     monkeypatch.setattr(check, "measure_interleaved", faster)
     files = []
     for name in ("a", "b"):
-        report = optimize(model, DIGITS, output=tmp_path / f"{name}.onnx", samples=24)
+        report = optimize(
+            model, DIGITS, output=tmp_path / f"{name}.onnx", precision=precision, samples=24
+        )
+        assert next(p.changed for p in report.passes if p.name == "round_weights")
         files.append(Path(report.output).read_bytes())
     assert files[0] == files[1]
 
