@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass.budgets import Budget, metric_budget, sqnr_budget
-from qpass.errors import ModelError, RecipeError
+from qpass.errors import ModelError, RecipeError, UserError
 from qpass.knapsack import Point, solve_front
 from qpass.layer_latency import NOISE, Variant, engine_of, time_layers, time_models
 from qpass.mixed_levels import Draft, drafts_of, elements_of, levels_of, rounder_of, sizes_of
@@ -212,7 +212,7 @@ def _measured(
     save_model(run.quantized, path, metadata=metadata_of(run))
     try:
         score = budget.score(path)
-    except RecipeError as error:  # the user's metric fails for this one
+    except UserError as error:  # the user's metric fails for this one
         run.notes.append(f"one of the plans that were looked at has no score: {error.what}")
         score = float("-inf")
     if run.options.mixed_cost == "size":  # whole models are timed later, others are done with

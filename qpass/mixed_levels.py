@@ -27,7 +27,7 @@ from qpass.units import is_weighted
 Array = NDArray[Any]
 
 FLOAT_BITS: Final = 32
-ACTIVATION_BYTES: Final = 2.0**-16  # a bit of activations, in bytes of weights
+FREE_BIT: Final = 2.0**-16  # what a bit counts that the file does not store, in bytes
 STORED: Final = 4  # bits of the smallest type that weights are stored in
 
 
@@ -44,10 +44,10 @@ def levels_of(run: Run) -> dict[str, list[Precision | None]]:
     """Return the levels of every layer that the plan quantizes, lowest first.
 
     Layers whose bits the user has set keep them. Weights of 2 and 3 bits may have the 4 that they
-    are stored in. Where bytes are the cost, two more kinds of ops
-    are layers. Embeddings: what a look-up reads takes no time worth counting; one that is tied to
-    another layer has the bits of the plan, for its table is not its own. Products of activations of
-    less than 8 bits may have 8: nothing of them is in the file, so the first bits go there.
+    are stored in. Where bytes are the cost, two more kinds of ops are layers. Embeddings: what a
+    look-up reads takes no time worth counting; one that is tied to another layer has the bits of
+    the plan, for its table is not its own. Products of activations of less than 8 bits may have 8:
+    nothing of them is in the file, so the first bits go there.
     """
     assert run.graph is not None
     assert run.plan is not None
@@ -156,5 +156,5 @@ def sizes_of(node: Node, layer: LayerError) -> Array:
         for level in layer.levels
     ]
     wanted = [FLOAT_BITS if level is None else level.weight for level in layer.levels]
-    rest = (np.array(activations, np.float64) + wanted) * ACTIVATION_BYTES
+    rest = (np.array(activations, np.float64) + wanted) * FREE_BIT
     return np.array(weights, np.float64) * elements_of(node) / 8.0 + rest

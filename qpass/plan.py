@@ -266,6 +266,9 @@ def _plan_file(data: Mapping[str, Any]) -> PlanFile:
         seen.add(entry)
     precision = str(Precision.parse(data["precision"]))
     settings = {key: data[key] for key in SETTINGS if key in data}
+    searched = data.get(SEARCHED, False)
+    if not isinstance(searched, bool):
+        raise RecipeError(f"{SEARCHED} is {searched!r}", fix="write true or false")
     if settings.get("activations", "static") not in get_args(Activations):
         raise RecipeError(f"activations {settings['activations']!r}", fix="write static or dynamic")
     return PlanFile(
@@ -279,7 +282,7 @@ def _plan_file(data: Mapping[str, Any]) -> PlanFile:
         nodes=tuple(data["nodes"]),
         tensors=tuple(data["tensors"]),
         intact=data["fingerprint"] == fingerprint_of(data["nodes"], data["tensors"]),
-        searched=bool(data.get(SEARCHED, False)),
+        searched=searched,
     )
 
 

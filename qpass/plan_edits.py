@@ -31,8 +31,9 @@ def take_edits(run: Run, path: Path) -> None:
     Raises:
         RecipeError: see `edited_policy`.
     """
-    given, edited = run.policy, edited_policy(run, path)
-    if read_plan(path).searched and not run.options.mixed:
+    given, file = run.policy, read_plan(path)
+    edited = edited_policy(run, path, file)
+    if file.searched and not run.options.mixed:
         run.found = edited
         edited = replace(edited, node_bits=given.node_bits, float_nodes=given.float_nodes)
     run.policy = edited
@@ -49,8 +50,8 @@ def take_found_bits(run: Run) -> None:
     run.plan = make_plan(run.graph, run.target, run.policy)
 
 
-def edited_policy(run: Run, path: Path) -> Policy:
-    """Return the policy of `run` with the edits of a plan file.
+def edited_policy(run: Run, path: Path, file: PlanFile) -> Policy:
+    """Return the policy of `run` with the edits of a plan file, which was read from `path`.
 
     Where the user names bits for a node beside the file (`--bits`), these count.
 
@@ -59,7 +60,7 @@ def edited_policy(run: Run, path: Path) -> Policy:
             that is not what becomes of it.
     """
     assert run.graph is not None
-    file, given = read_plan(path), run.policy
+    given = run.policy
     names = {node.name for node in run.graph.nodes}
     unknown = sorted(file.node_names - names)
     if file.target != run.target.name or unknown:

@@ -50,9 +50,9 @@ def model_key(run: Run) -> str:
     """Return what the statistics of a run belong to: the file, and what was rewritten in it.
 
     Patch embeddings are rewritten by moving values, and weights of Gemm are transposed: statistics
-    stay what they are. Balanced streams
-    are known by the graph that they were balanced in: products of matrices differ in the last digit
-    between CPUs, and one machine may gather statistics for another.
+    stay what they are. Balanced streams are known by the graph that they were balanced in: products
+    of matrices differ in the last digit between CPUs, and one machine may gather statistics for
+    another.
     """
     assert run.graph is not None
     content = run.known or (run.graph.fingerprint() if run.is_rewritten else "")

@@ -122,7 +122,7 @@ def test_plan_edit_and_give_back(job: Path) -> None:
 
 
 def test_plan_as_a_table(job: Path) -> None:
-    result = qpass("plan", "m.onnx", "--keep", "c1")
+    result = qpass("plan", "m.onnx", "--keep", "c1", "--rotate", "none", "--rms-norm")
     assert result.exit_code == 0
     for text in ("c0", "integer", "--keep"):
         assert text in result.stdout

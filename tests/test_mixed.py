@@ -56,6 +56,13 @@ def mixed(model: Path, **options: Any) -> tuple[Report, MixedReport]:
     return report, report.mixed
 
 
+def importable(name: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a module with a metric where `--eval` finds it."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 def bits_of(path: str) -> dict[str, str]:
     return {n["name"]: n["bits"] for n in json.loads(Path(path).read_text())["nodes"] if n["bits"]}
 
@@ -188,9 +195,7 @@ def score(path):
 def test_a_drop_of_the_users_metric(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mixed_metric.py").write_text(METRIC)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mixed_metric", raising=False)
+    importable("mixed_metric", METRIC, tmp_path, monkeypatch)
     import mixed_metric  # type: ignore[import-not-found]
     import onnxruntime as ort
 
@@ -320,9 +325,7 @@ def score(path):
 def test_a_plan_that_the_metric_fails_for_is_passed_over(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "failing_metric.py").write_text(FAILING)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "failing_metric", raising=False)
+    importable("failing_metric", FAILING, tmp_path, monkeypatch)
     report, found = mixed(model, eval="failing_metric:score", max_drop=0.5)
     assert report.ok
     assert found.met
@@ -348,9 +351,7 @@ def test_what_a_plain_run_would_give_competes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A metric need not grow with bits: bisection alone would go up and never come back."""
-    (tmp_path / "unsteady_metric.py").write_text(UNSTEADY)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "unsteady_metric", raising=False)
+    importable("unsteady_metric", UNSTEADY, tmp_path, monkeypatch)
     report, found = mixed(model, eval="unsteady_metric:score", max_drop=0.5)
     assert report.ok
     assert found.points[0].chosen

@@ -252,6 +252,7 @@ def test_the_three_edits_hold(tmp_path: Path) -> None:
         (lambda p: tensor_of(p, "w2").pop("spec"), "tensor w2 lacks the key 'spec'"),
         (lambda p: p.pop("fingerprint"), "the head of the plan lacks the key 'fingerprint'"),
         (lambda p: p.update(colour="red"), "head of the plan has the key 'colour'"),
+        (lambda p: p.update(searched="no"), "searched is 'no'"),
         (lambda p: p.update(activations="never"), "activations 'never'"),
         (lambda p: p.update(precision="w4a8"), "the precision w4a8, and none of its layers"),
     ],

@@ -65,6 +65,8 @@ def part_transposes(graph: Graph) -> PassReport:
         turned = graph.producer(node.inputs[0]) if dq is not None else None
         if dq is None or dq.op != "DequantizeLinear" or turned is None or turned.op != "Transpose":
             continue
+        if not isinstance(dq.inputs[0], Constant):
+            continue  # the DQ of an activation
         bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
         plain = all(
             node.attrs.get(name, usual) == usual
